@@ -1,0 +1,808 @@
+"""One run = one folder that records everything and from which the run continues after any crash.
+
+    runs/<package>/<script>-<8 hex>/      the digits are the SHA-256 of the settings
+        config.yaml environment.json log.txt metrics.jsonl
+        checkpoints/<phase>/step_00000200/    last two of each phase
+        units/<name>/                         finished parts of longer work (`Run.once`)
+        figures/ tables/ results.json report.md
+
+The same experiment finds its own folder again: a finished one returns at once, an interrupted one
+continues to the same result. Every write is whole or absent (`workbench.storage`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import yaml
+
+from workbench import seeding, storage
+from workbench.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    Interrupted,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from workbench.device import Device
+
+Item = TypeVar("Item")
+CHECKPOINTS_KEPT = 2
+LOG_BUFFER = 64
+SPARE_BYTES = 32 * 2**20  # demanded free before work begins
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how a run is made; none of this changes what is computed, nor the run's key."""
+
+    name: str | None = None
+    """Folder name instead of <script>-<key>."""
+    root: Path = Path("runs")
+    """Folder that holds all runs."""
+    fresh: bool = False
+    """Begin anew; the old folder is renamed aside, never deleted."""
+    device: str = "auto"
+    """auto (cuda, then mps, then cpu) or a torch device."""
+    dtype: str = "auto"
+    """auto (bfloat16 on CUDA, else float32), float32, bfloat16, float16 or float64."""
+    threads: int = 0
+    """CPU threads of torch; 0 = OMP_NUM_THREADS or all cores."""
+    wandb: bool = False
+    """Mirror the metrics to Weights & Biases (offline without a login)."""
+    allow_divergence: bool = False
+    """Go on when the loss is not finite."""
+    traceback: bool = False
+    """Show the traceback of an error that has a one-line message."""
+
+
+# ---------------------------------------------------------------- settings as data
+
+
+def to_plain(value: Any) -> Any:
+    """Settings as JSON-able data: dataclasses become dicts, paths text, tuples lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, (tuple, list)):
+        return [to_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): to_plain(v) for k, v in value.items()}
+    return value
+
+
+def settings_of(experiment: Any) -> dict[str, Any]:
+    """The settings that decide the result: everything but the `run` block."""
+    plain = to_plain(experiment)
+    plain.pop("run", None)
+    return plain
+
+
+def settings_key(name: str, settings: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of a script's name and settings, as 64 hex digits."""
+    text = json.dumps([name, settings], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _changed_fields(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    lines = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += _changed_fields(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} → {b!r}")
+    return lines
+
+
+def finite_or_null(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Scalars as strict JSON; names of non-finite ones are listed under `non_finite`."""
+    clean: dict[str, Any] = {}
+    bad = []
+    for key, value in values.items():
+        clean[key] = _plain_number(value)
+        if isinstance(clean[key], float) and not math.isfinite(clean[key]):
+            bad.append(key)
+            clean[key] = None
+    if bad:
+        clean["non_finite"] = bad
+    return clean
+
+
+def _plain_number(value: Any) -> Any:
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    return value
+
+
+def _clean_tree(value: Any) -> Any:
+    """Results as strict JSON: numpy and torch scalars become numbers, non-finite ones null."""
+    value = _plain_number(value) if getattr(value, "ndim", 0) == 0 else value
+    if isinstance(value, Mapping):
+        return {str(k): _clean_tree(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean_tree(v) for v in value]
+    if hasattr(value, "tolist"):
+        return _clean_tree(value.tolist())
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def command_line() -> str:
+    """The command that started this process, as one would type it."""
+    main = sys.modules.get("__main__")
+    spec = getattr(main, "__spec__", None)
+    words = [sys.argv[0], *sys.argv[1:]]
+    if spec is not None and spec.name:
+        words = ["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+    import shlex
+
+    return shlex.join(words)
+
+
+def _git(*arguments: str) -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else None
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, commit, machine and command of this process."""
+    from importlib import metadata
+
+    versions = {}
+    for name in ("torch", "numpy", "transformers", "datasets", "safetensors", "peft", "fivefold"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    difference = _git("diff", "HEAD")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "packages": versions,
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_sha256": hashlib.sha256(difference.encode()).hexdigest()
+        if difference
+        else None,
+        "command": command_line(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+# ---------------------------------------------------------------- the run
+
+
+class Run:
+    """A recorded, locked, resumable run; use it as `with Run.open("mad.train", experiment) as run`.
+
+    `finished` tells that the result is already there (`results`); a script then returns it.
+    """
+
+    def __init__(self, name: str, experiment: Any):
+        package, _, script = name.partition(".")
+        self.name, self.package, self.script = name, package, script
+        self.options: RunOptions = getattr(experiment, "run", RunOptions())
+        self.settings = settings_of(experiment)
+        self.key = settings_key(name, self.settings)
+        folder = self.options.name or f"{script}-{self.key[:8]}"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", folder):
+            raise ConfigError(
+                f"--name {folder[:120]!r}: expected letters, digits, '.', '_' and '-', at most 100"
+            )
+        self.directory = Path(self.options.root) / package / folder
+        self.streams = seeding.Streams(int(self.settings.get("seed", 0) or 0))
+        self.finished = False
+        self.results: dict[str, Any] = {}
+        self.phase = "train"
+        self._record: dict[str, Any] = {}
+        self._device: Device | None = None
+        self._signal = 0
+        self._buffer: list[str] = []
+        self._metrics_bytes = 0
+        self._logged: Counter[tuple[str, int, tuple[str, ...]]] = Counter()
+        self._figures: list[dict[str, str]] = []
+        self._tables: list[dict[str, str]] = []
+        self._seconds_before = 0.0
+        self._begin = time.monotonic()
+        self._exit = contextlib.ExitStack()
+        self._tracker: Any = None
+
+    @classmethod
+    def open(cls, name: str, experiment: Any) -> Run:
+        """The run of `experiment` by the script `package.script`; enter it with `with`."""
+        return cls(name, experiment)
+
+    # ------------------------------------------------------------ life
+
+    def __enter__(self) -> Run:
+        try:
+            self._prepare_directory()
+            if not self.finished:
+                self._begin_recording()
+        except BaseException:
+            self._exit.close()
+            raise
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            if not self.finished and kind is not None and not issubclass(kind, Interrupted):
+                self.note(f"stopped by {kind.__name__}: {str(error)[:500]}", console=False)
+            if self._tracker is not None:
+                self._tracker.close()
+            with contextlib.suppress(OSError):
+                self._flush()
+        finally:
+            self._exit.close()
+
+    def _prepare_directory(self) -> None:
+        parent = self.directory.parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            if self.options.fresh and self.directory.exists():
+                self._move_aside()
+            self.directory.mkdir(exist_ok=True)
+            probe = self.directory / f".tmp-{os.getpid()}-probe"
+            probe.write_bytes(b"x" * 4096)
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to {self.directory}: {error.strerror or error}; "
+                "choose another folder with --root"
+            ) from None
+        storage.sweep_litter(self.directory)
+        self._compare_settings()
+        results = self.directory / "results.json"
+        if results.is_file():
+            try:
+                self._record = storage.read_json(results)
+                self.results = self._record["values"]
+                self.finished = True
+                return
+            except (DataError, KeyError, TypeError) as error:
+                results.rename(results.with_name(f"results.damaged-{int(time.time())}.json"))
+                sys.stderr.write(f"{results}: damaged ({error}); put aside, computing again\n")
+        free = shutil.disk_usage(self.directory).free
+        if free < SPARE_BYTES:
+            raise ConfigError(
+                f"{self.directory}: {free} bytes free, at least {SPARE_BYTES} needed; "
+                "free some space or choose another disk with --root"
+            )
+
+    def _lock(self) -> None:
+        import filelock
+
+        folder = self.directory.parent / ".locks"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{self.directory.name}.lock"
+        owner = folder / f"{self.directory.name}.owner"
+        try:
+            lock: Any = filelock.FileLock(path, timeout=0)
+            lock.acquire()
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, filelock.Timeout):
+                raise ConfigError(self._lock_message(owner)) from None
+            # A file system without locks (some NFS): the file's existence is the lock.
+            lock = filelock.SoftFileLock(path.with_suffix(".softlock"), timeout=0)
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                raise ConfigError(
+                    self._lock_message(owner)
+                    + f"; if that process is gone, delete {path.with_suffix('.softlock')}"
+                ) from None
+        self._exit.callback(lock.release)
+        owner.write_text(
+            f"process {os.getpid()} on {socket.gethostname()} since "
+            f"{datetime.datetime.now().isoformat(timespec='seconds')}",
+            encoding="utf-8",
+        )
+
+    def _lock_message(self, owner: Path) -> str:
+        who = "another process"
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            who = owner.read_text(encoding="utf-8")
+        return (
+            f"{self.directory} is in use by {who}; wait for it, stop it, "
+            "or choose another folder with --name"
+        )
+
+    def _move_aside(self) -> None:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        target = self.directory.with_name(f"{self.directory.name}.old-{stamp}")
+        count = 0
+        while target.exists():
+            count += 1
+            target = target.with_name(f"{self.directory.name}.old-{stamp}-{count}")
+        self.directory.rename(target)
+
+    def _compare_settings(self) -> None:
+        path = self.directory / "config.yaml"
+        if path.is_file():
+            try:
+                old = yaml.safe_load(path.read_text(encoding="utf-8"))
+                old.pop("run", None)
+            except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
+                raise CheckpointError(
+                    f"{path}: damaged; use --fresh to put this run aside and begin anew"
+                ) from None
+            changed = _changed_fields(old, self.settings)
+            if changed:
+                raise ConfigError(
+                    f"{self.directory} holds a run with other settings:\n  "
+                    + "\n  ".join(changed[:12])
+                    + "\nchoose another --name, or --fresh to put the old run aside"
+                )
+        else:
+            text = yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=True)
+            storage.write_text(path, text)
+
+    def _begin_recording(self) -> None:
+        checkpoint = self._newest_overall()
+        self._restore_metrics(checkpoint["metrics_bytes"] if checkpoint else 0)
+        if checkpoint:
+            self._seconds_before = float(checkpoint["seconds"])
+        self._install_signal_handlers()
+        environment = describe_environment()
+        storage.write_json(self.directory / "environment.json", environment)
+        self.note(f"{environment['command']}   [{self.directory}]", console=False)
+        if self.options.wandb:
+            from workbench.integrations.wandb import start_tracker
+
+            self._tracker = start_tracker(
+                project=self.package,
+                name=self.directory.name,
+                config=self.settings,
+                directory=self.directory,
+            )
+
+    # ------------------------------------------------------------ signals
+
+    def _install_signal_handlers(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            old = signal.signal(number, self._on_signal)
+            self._exit.callback(signal.signal, number, old)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._signal:
+            raise Interrupted(number, "stopped at once; run the same command to continue")
+        self._signal = number
+        os.write(2, b"\nfinishing this step, then saving (once more to stop at once)\n")
+
+    def check_interrupt(self) -> None:
+        """Raise `Interrupted` when SIGTERM or Ctrl-C arrived; call it in any long loop."""
+        if self._signal:
+            raise Interrupted(
+                self._signal, "stopped; finished parts are saved, run the same command to continue"
+            )
+
+    def progress(
+        self, items: Iterable[Item], label: str = "", total: int | None = None
+    ) -> Iterator[Item]:
+        """Iterate with a progress bar and an interrupt check after each item."""
+        from tqdm import tqdm
+
+        for item in tqdm(items, desc=label, total=total, leave=False, disable=None):
+            yield item
+            self.check_interrupt()
+
+    # ------------------------------------------------------------ device and log
+
+    @property
+    def device(self) -> Device:
+        """Device, dtype and threads, chosen at the first use and written to the log."""
+        if self._device is None:
+            from workbench.device import choose
+
+            options = self.options
+            self._device = choose(options.device, options.dtype, options.threads)
+            self.note(f"computing on {self._device.describe()}")
+        return self._device
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent in this run, earlier sessions included up to their last checkpoint."""
+        return self._seconds_before + time.monotonic() - self._begin
+
+    def note(self, text: str, console: bool = True) -> None:
+        """Write a line to log.txt and, by default, to the console."""
+        if console:
+            from tqdm import tqdm
+
+            with contextlib.suppress(OSError, ValueError):
+                tqdm.write(text, file=sys.stderr)
+        with open(self.directory / "log.txt", "a", encoding="utf-8", errors="replace") as handle:
+            handle.write(f"{datetime.datetime.now().isoformat(timespec='seconds')} {text}\n")
+
+    # ------------------------------------------------------------ metrics
+
+    def every(self, step: int, period: int) -> bool:
+        """True at each multiple of `period` (never when it is 0)."""
+        return period > 0 and step % period == 0
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append a line of scalars to metrics.jsonl (tensors stay on the device until flushed).
+
+        On resume a line of the same phase, step and names that survived is not written twice.
+        """
+        identity = (self.phase, int(step), tuple(sorted(values)))
+        if self._logged[identity]:
+            return
+        self._logged[identity] += 1
+        plain = finite_or_null(values)
+        line = {"step": int(step), "phase": self.phase, "seconds": round(self.seconds, 3), **plain}
+        self._buffer.append(json.dumps(line, allow_nan=False, ensure_ascii=False))
+        if self._tracker is not None:
+            self._tracker.log(int(step), {k: v for k, v in plain.items() if k != "non_finite"})
+        if len(self._buffer) >= LOG_BUFFER:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._buffer:
+            return
+        data = ("\n".join(self._buffer) + "\n").encode()
+        try:
+            with open(self.directory / "metrics.jsonl", "ab") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write {self.directory / 'metrics.jsonl'}: {error.strerror}; "
+                "free some space and run the same command to continue"
+            ) from None
+        self._metrics_bytes += len(data)
+        self._buffer.clear()
+
+    def _restore_metrics(self, size: int) -> None:
+        """Cut metrics.jsonl back to what the newest checkpoint had seen."""
+        path = self.directory / "metrics.jsonl"
+        if not path.is_file():
+            size = 0
+            path.touch()
+        elif path.stat().st_size < size:
+            size = path.stat().st_size
+        with open(path, "r+b") as handle:
+            data = handle.read(size)
+            size = data.rfind(b"\n") + 1
+            handle.truncate(size)
+        self._metrics_bytes = size
+        for raw in data[:size].splitlines():
+            try:
+                line = storage.parse_json(raw.decode("utf-8"))
+                names = set(line) - {"step", "phase", "seconds", "non_finite"}
+                self._logged[(line["phase"], line["step"], tuple(sorted(names)))] += 1
+            except (ValueError, KeyError, TypeError):
+                continue  # an altered line is kept as it is; it hides no other
+
+    def require_finite(self, step: int, batch: Mapping[str, Any] | None = None, **values: Any):
+        """Raise `DivergedError` before the update when a loss or gradient norm is not finite.
+
+        The batch is saved as `diverged_step_<n>` for inspection; the last checkpoint is untouched.
+        """
+        bad = {k: float(v) for k, v in values.items() if not math.isfinite(float(v))}
+        if not bad or self.options.allow_divergence:
+            return
+        folder = self.directory / f"diverged_step_{step:08d}"
+        storage.save_tree(folder, {"step": step, "values": bad, "batch": dict(batch or {})})
+        raise DivergedError(
+            f"{', '.join(f'{k} = {v}' for k, v in bad.items())} at step {step}; the batch is in "
+            f"{folder}; lower the learning rate, or pass --allow-divergence to go on"
+        )
+
+    # ------------------------------------------------------------ checkpoints
+
+    def steps(
+        self,
+        total: int,
+        state: Mapping[str, Any],
+        *,
+        save_every: int = 100,
+        phase: str = "train",
+        label: str | None = None,
+    ) -> Iterator[int]:
+        """Yield 1..total, beginning after the last checkpoint of this phase.
+
+        `state` maps names to objects with `state_dict` and `load_state_dict`: everything that must
+        survive a crash. It is saved at step 0, every `save_every` steps, at the end, and on SIGTERM
+        or Ctrl-C after the step that was under way. A run may have several phases, one after the
+        other; each needs its own name.
+        """
+        from tqdm import tqdm
+
+        self.phase = phase
+        start = self._resume(phase, state)
+        if start is None:
+            self.save(0, state)
+            start = 0
+        elif start:
+            self.note(f"{phase}: continuing after step {start} of {total}", console=start < total)
+        if start >= total:
+            return
+        bar = tqdm(total=total, initial=start, desc=label or phase, leave=False, disable=None)
+        with bar:
+            for step in range(start + 1, total + 1):
+                self.phase = phase
+                yield step
+                bar.update()
+                if step == total or self.every(step, save_every) or self._signal:
+                    self.save(step, state)
+                if self._signal and step < total:
+                    raise Interrupted(
+                        self._signal, f"saved step {step}; run the same command to continue"
+                    )
+        self.check_interrupt()
+
+    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Write a checkpoint of the current phase; older ones but the last two are removed."""
+        from safetensors import SafetensorError
+
+        self._flush()
+        tree = {
+            "objects": {name: dict(thing.state_dict()) for name, thing in state.items()},
+            "random": seeding.capture(),
+        }
+        self._require_finite_state(tree["objects"], step)
+        header = {
+            "run": self.key,
+            "phase": self.phase,
+            "step": step,
+            "metrics_bytes": self._metrics_bytes,
+            "seconds": round(self.seconds, 3),
+        }
+        path = self._phase_folder(self.phase) / f"step_{step:08d}"
+        try:
+            storage.save_tree(path, tree, header)
+        except (OSError, SafetensorError) as error:
+            free = shutil.disk_usage(self.directory).free
+            raise CheckpointError(
+                f"cannot write {path}: {error} (about {_tree_bytes(tree)} bytes needed, {free} "
+                "free); the earlier checkpoint is intact, free some space and run the same "
+                "command to continue"
+            ) from None
+        for old in self._steps_on_disk(self.phase)[:-CHECKPOINTS_KEPT]:
+            shutil.rmtree(self._phase_folder(self.phase) / f"step_{old:08d}", ignore_errors=True)
+        return path
+
+    def _require_finite_state(self, objects: Mapping[str, Any], step: int) -> None:
+        """A checkpoint with NaN in the weights would replace a good one: refuse it."""
+        if self.options.allow_divergence:
+            return
+        for name, state in objects.items():
+            for key, value in state.items():
+                if hasattr(value, "isfinite") and value.is_floating_point():
+                    finite = value.isfinite()
+                    if not bool(finite.all()):
+                        raise DivergedError(
+                            f"{name}.{key} holds {int((~finite).sum())} non-finite values at step "
+                            f"{step}; the last checkpoint is from before; lower the learning rate"
+                        )
+
+    def _phase_folder(self, phase: str) -> Path:
+        return self.directory / "checkpoints" / re.sub(r"[^A-Za-z0-9._-]", "_", phase)
+
+    def _steps_on_disk(self, phase: str) -> list[int]:
+        """Steps with a folder, ascending; ordered by number, never by name or time."""
+        folder = self._phase_folder(phase)
+        if not folder.is_dir():
+            return []
+        found = [re.fullmatch(r"step_(\d{8,})", p.name) for p in folder.iterdir()]
+        return sorted(int(m.group(1)) for m in found if m)
+
+    def _verified(self, phase: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Complete, unaltered checkpoints of this run and phase, newest first."""
+        for step in reversed(self._steps_on_disk(phase)):
+            path = self._phase_folder(phase) / f"step_{step:08d}"
+            try:
+                header = storage.read_header(path)
+                expected = {"run": self.key, "phase": phase, "step": step}
+                for key, value in expected.items():
+                    if header.get(key) != value:
+                        raise CheckpointError(
+                            f"{path}: {key} is {header.get(key)!r}, expected {value!r}"
+                        )
+            except CheckpointError as error:
+                self.note(f"checkpoint skipped: {error}; using the previous one")
+                continue
+            yield path, header
+
+    def _newest_overall(self) -> dict[str, Any] | None:
+        folder = self.directory / "checkpoints"
+        if not folder.is_dir():
+            return None
+        headers = []
+        for entry in folder.iterdir():
+            headers += [header for _, header in self._verified(entry.name)][:1]
+        return max(headers, key=lambda header: header["metrics_bytes"], default=None)
+
+    def _resume(self, phase: str, state: Mapping[str, Any]) -> int | None:
+        for path, header in self._verified(phase):
+            tree = storage.load_tree(path)
+            missing = set(state) ^ set(tree["objects"])
+            if missing:
+                raise CheckpointError(
+                    f"{path}: holds {sorted(tree['objects'])}, this script saves {sorted(state)}; "
+                    "was it written by another version? use --fresh"
+                )
+            for name, thing in state.items():
+                try:
+                    thing.load_state_dict(tree["objects"][name])
+                except (KeyError, RuntimeError, ValueError) as error:
+                    raise CheckpointError(
+                        f"{path}: {name} does not fit: {error}; use --fresh"
+                    ) from None
+            try:
+                seeding.restore(tree["random"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(
+                    f"{path}: the random states are incomplete ({error})"
+                ) from None
+            return int(header["step"])
+        return None
+
+    # ------------------------------------------------------------ finished parts and artefacts
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The tree that `compute()` returns, computed once and then read from `units/<name>`.
+
+        A damaged unit is reported and computed again. Tensors come back on the CPU.
+        """
+        path = self.directory / "units" / re.sub(r"[^A-Za-z0-9._-]", "_", name)
+        if path.is_dir():
+            try:
+                header = storage.read_header(path)
+                if header.get("unit") == name and header.get("run") == self.key:
+                    return storage.load_tree(path)
+                raise CheckpointError(f"{path}: belongs to another run or unit")
+            except CheckpointError as error:
+                self.note(f"unit computed again: {error}")
+        self.check_interrupt()
+        tree = compute()
+        try:
+            storage.save_tree(path, tree, {"unit": name, "run": self.key})
+        except OSError as error:
+            free = shutil.disk_usage(self.directory).free
+            raise CheckpointError(
+                f"cannot write {path}: {error} ({free} bytes free); free some space and run the "
+                "same command to continue"
+            ) from None
+        self.check_interrupt()
+        return storage.load_tree(path)
+
+    def path(self, name: str) -> Path:
+        """A path inside the run's folder; names that would leave it are refused."""
+        target = (self.directory / name).resolve()
+        if not target.is_relative_to(self.directory.resolve()):
+            raise ConfigError(f"{name!r} would lie outside of {self.directory}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return self.directory / name
+
+    def save_tensors(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        metadata: Mapping[str, str] | None = None,
+    ) -> Path:
+        """Write an artefact as safetensors into the run's folder."""
+        return storage.write_safetensors(self.path(name), tensors, metadata)
+
+    def save_json(self, name: str, value: Any) -> Path:
+        """Write an artefact as strict JSON into the run's folder."""
+        return storage.write_json(self.path(name), _clean_tree(value))
+
+    def save_text(self, name: str, text: str) -> Path:
+        """Write text into the run's folder."""
+        return storage.write_text(self.path(name), text)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]], caption: str = "") -> Path:
+        """Write `tables/<name>.csv` and list it for the report."""
+        from workbench.tables import write_csv
+
+        path = self.path(f"tables/{name}.csv")
+        write_csv(path, rows)
+        self._tables.append({"name": name, "caption": caption})
+        return path
+
+    def figure(
+        self, name: str, figure: Any, rows: Sequence[Mapping[str, Any]], caption: str, alt: str
+    ) -> Path:
+        """Write `figures/<name>.svg`, `.png` (200 dpi) and the `.csv` behind it; list it."""
+        from matplotlib import rc_context
+
+        from workbench.tables import write_csv
+
+        svg = self.path(f"figures/{name}.svg")
+        facts = {"Title": caption, "Description": alt, "Date": None, "Creator": "fivefold"}
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+            storage.atomic_write(
+                svg,
+                lambda p: figure.savefig(p, format="svg", bbox_inches="tight", metadata=facts),
+            )
+        storage.atomic_write(
+            svg.with_suffix(".png"),
+            lambda p: figure.savefig(p, format="png", dpi=200, bbox_inches="tight"),
+        )
+        write_csv(svg.with_suffix(".csv"), rows)
+        self._figures.append({"name": name, "caption": caption, "alt": alt})
+        return svg
+
+    def finish(
+        self,
+        values: Mapping[str, Any],
+        *,
+        title: str = "",
+        question: str = "",
+        summary: str = "",
+    ) -> dict[str, Any]:
+        """Write report.md and then results.json, whose presence means "done"; return the values."""
+        from workbench.tables import read_csv, to_markdown
+
+        self._flush()
+        self._record = {
+            "title": title or self.name,
+            "question": question,
+            "summary": summary,
+            "values": _clean_tree(values),
+            "figures": self._figures,
+            "tables": self._tables,
+            "command": command_line(),
+            "package": self.package,
+            "script": self.script,
+            "seconds": round(self.seconds, 2),
+        }
+        parts = [f"# {self._record['title']}\n"]
+        parts += [f"{text}\n" for text in (question, summary) if text]
+        parts.append(f"```bash\n{self._record['command']}\n```\n")
+        for table in self._tables:
+            rows = read_csv(self.directory / "tables" / f"{table['name']}.csv")
+            parts.append(f"{table['caption']}\n\n{to_markdown(rows)}\n")
+        for drawn in self._figures:
+            parts.append(f"![{drawn['alt']}](figures/{drawn['name']}.png)\n\n{drawn['caption']}\n")
+        storage.write_text(self.directory / "report.md", "\n".join(parts))
+        storage.write_json(self.directory / "results.json", self._record)
+        self.results = self._record["values"]
+        self.finished = True
+        return self.results
+
+
+def _tree_bytes(tree: Any) -> int:
+    tensors: dict[str, Any] = {}
+    storage.pack(tree, tensors)
+    return sum(getattr(t, "nbytes", 0) for t in tensors.values())
