@@ -136,7 +136,7 @@ def finite_or_null(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain_number(value: Any) -> Any:
     if hasattr(value, "item") and not isinstance(value, (str, bytes)):
-        value = value.item()
+        value = value.item()  # of a tensor with a graph too: it gives a plain number
     return value
 
 
@@ -517,7 +517,8 @@ class Run:
 
         The batch is saved as `diverged_step_<n>` for inspection; the last checkpoint is untouched.
         """
-        bad = {k: float(v) for k, v in values.items() if not math.isfinite(float(v))}
+        numbers = {k: float(_plain_number(v)) for k, v in values.items()}
+        bad = {k: v for k, v in numbers.items() if not math.isfinite(v)}
         if not bad or self.options.allow_divergence:
             return
         folder = self.directory / f"diverged_step_{step:08d}"
