@@ -1,0 +1,1 @@
+"""Layer primitives: each file holds one family, `mad.registry.LAYERS` lists them."""

@@ -1,0 +1,94 @@
+"""Options of the built-in layers: the one place where their defaults stand.
+
+The command line sets them behind a layer's name: `--layers mh-attention,num_heads=4 swiglu`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Softmax attention, full or in a sliding window."""
+
+    num_heads: int = 1
+    """Heads H; the width must be divisible by it."""
+    rotary_dim: int | None = None
+    """Leading dimensions of a head that are rotated; none means all of them, 0 no rotation."""
+    window: int | None = None
+    """A position attends to itself and this many positions before it; none means all."""
+    bias: bool = True
+    """Biases in the four projections."""
+    kernel: Literal["auto", "sdpa", "eager"] = "auto"
+    """`eager` writes the softmax out; `sdpa` is torch's fused form of it."""
+
+
+@dataclass(frozen=True)
+class LinearAttentionOptions:
+    """Attention with a kernel feature map instead of the softmax."""
+
+    num_heads: int = 1
+    """Heads H; the width must be divisible by it."""
+    feature_map: Literal[
+        "elementwise_product", "elu", "relu", "identity", "hedgehog", "t2r", "dpfp", "taylor"
+    ] = "elementwise_product"
+    """Map φ applied to queries and keys per head."""
+    normalize: Literal["rms", "sum"] = "rms"
+    """`sum` divides by φ(q)·Σφ(k) as published, which may cross zero for signed maps; `rms`
+    normalises the sum per head instead."""
+
+
+@dataclass(frozen=True)
+class MLPOptions:
+    """Two-layer perceptron."""
+
+    hidden: int | None = None
+    """Hidden width; none means four times the width."""
+    bias: bool = False
+    """Biases in both projections."""
+
+
+@dataclass(frozen=True)
+class SwiGLUOptions:
+    """Gated perceptron."""
+
+    hidden: int | None = None
+    """Hidden width; none means 8/3 of the width, rounded up to `multiple_of`."""
+    multiple_of: int = 16
+    """The default hidden width is a multiple of this."""
+    bias: bool = False
+    """Biases in the three projections."""
+
+
+@dataclass(frozen=True)
+class HyenaOptions:
+    """Gated long convolution with an implicit filter, one filter per channel."""
+
+    inner_factor: int = 4
+    """Inner channels per unit of width."""
+    proj_groups: int = 4
+    """The input projection yields a 1/groups share of the channels and is tiled."""
+    short_filter: int = 3
+    """Length of the depthwise causal filter after the input projection."""
+    filter_order: int = 4
+    """Hidden width of the network that makes the filter."""
+    kernel: Literal["auto", "toeplitz", "fft"] = "auto"
+    """How the long convolution is computed; both are exact."""
+
+
+@dataclass(frozen=True)
+class MultiHeadHyenaOptions:
+    """Hyena over outer products, one filter per group of channels."""
+
+    num_heads: int = 16
+    """H: group size in layout `code`, number of groups in layout `paper`."""
+    layout: Literal["code", "paper"] = "code"
+    """`code`: d/H groups of H channels, as published code has it; `paper`: H groups of d/H."""
+    proj_groups: int = 4
+    """The input projection yields a 1/groups share of the channels and is tiled."""
+    short_filter: int = 3
+    """Length of the depthwise causal filter after the input projection."""
+    filter_order: int = 2
+    """Hidden width of the network that makes the filter."""
+    kernel: Literal["auto", "toeplitz", "fft"] = "auto"
+    """`toeplitz` is masked linear attention with a learned decay; `fft` convolves products."""

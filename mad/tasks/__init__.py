@@ -1,0 +1,1 @@
+"""Synthetic tasks: each file holds one family, `mad.registry.TASKS` lists them."""

@@ -1,0 +1,146 @@
+"""What a task is, and the counter-seeded engine that draws its rows.
+
+A row is a function of (task options, seed, split, row index) and of nothing else: rows are drawn in
+blocks of 1024, block b of a split from its own Philox counter range under a key hashed from the
+options, so any worker may draw any block in any order and the bytes stay the same.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal, NamedTuple, get_args
+
+import numpy as np
+from jaxtyping import Int64
+
+from workbench.errors import ConfigError
+
+IGNORE = -100
+"""Target value of positions that are not scored."""
+
+BLOCK_ROWS = 1024
+"""Rows drawn together from one counter range of the generator."""
+
+Split = Literal["train", "val", "test"]
+Tokens = Int64[np.ndarray, "rows time"]
+
+
+class Rows(NamedTuple):
+    """Aligned arrays (rows, time): the model's output at t is scored against the target at t."""
+
+    inputs: Tokens
+    """Token ids the model reads."""
+    answers: Tokens
+    """Answer tokens where the task asks for one, `IGNORE` elsewhere: what is scored."""
+    dense: Tokens
+    """Next-token targets everywhere for the recall tasks; equal to `answers` for the others."""
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """Options of one task setting together with the functions that draw and describe its rows."""
+
+    version: ClassVar[int] = 1
+    """Raised when the drawn bytes change, so that old and new data never share a key."""
+
+    vocab_size: int = 16
+    """Number of tokens V, special ones included."""
+    seq_len: int = 128
+    """Length L of the sequence before the autoregressive shift."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """Number of positions the model reads."""
+
+    @abstractmethod
+    def draw(self, rng: np.random.Generator, rows: int) -> Rows:
+        """`rows` independent rows, vectorised."""
+
+    @abstractmethod
+    def legacy_row(self, rng: np.random.Generator) -> Rows:
+        """One row (rows = 1) in the published generator's order of random calls."""
+
+    @abstractmethod
+    def expected_scored(self) -> float:
+        """Expected number of scored positions of a row, in closed form."""
+
+    @abstractmethod
+    def chance(self) -> float:
+        """Accuracy of guessing uniformly among the possible answers."""
+
+    def ceiling(self, num_train_examples: int) -> float:
+        """Largest expected accuracy after training on that many rows; 1 unless stated."""
+        del num_train_examples
+        return 1.0
+
+
+def check_common(task: Task, noise_vocab_size: int, frac_noise: float) -> None:
+    """Raise ConfigError unless the noise options of a task make sense."""
+    if noise_vocab_size < 0:
+        raise ConfigError(f"noise_vocab_size={noise_vocab_size} is negative; use 0 for no noise")
+    if not 0.0 <= frac_noise < 1.0:
+        raise ConfigError(f"frac_noise={frac_noise} lies outside [0, 1); choose e.g. 0.2")
+    if frac_noise > 0 and noise_vocab_size == 0:
+        raise ConfigError(
+            f"frac_noise={frac_noise} needs noise tokens, but noise_vocab_size=0; "
+            "raise --noise-vocab-size (and --vocab-size with it)"
+        )
+    if task.seq_len % 2 or task.seq_len < 4:
+        raise ConfigError(
+            f"seq_len={task.seq_len} cannot be cut into key-value pairs; "
+            "it must be even and at least 4"
+        )
+
+
+def block_generator(task: Task, split: Split, seed: int, block: int) -> np.random.Generator:
+    """The random generator of one block of 1024 rows.
+
+    Philox4x64 with key = first 16 bytes of SHA-256(canonical options, seed, split) and the block
+    number in the counter's highest word, so blocks and splits never share a stretch of the stream.
+    """
+    if split not in get_args(Split):
+        raise ConfigError(f"split {split!r} is unknown; choose one of {', '.join(get_args(Split))}")
+    name = {
+        "options": asdict(task),
+        "seed": seed,
+        "split": split,
+        "task": type(task).__qualname__,
+        "version": task.version,
+    }
+    canonical = json.dumps(name, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    digest = hashlib.sha256(canonical.encode("utf-8")).digest()
+    key = np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
+    counter = np.array([0, 0, 0, block], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def generate(task: Task, n: int, split: Split, seed: int, start: int = 0) -> Rows:
+    """Rows start … start + n − 1 of a split.
+
+    >>> from mad.tasks.memorization import Memorization
+    >>> task = Memorization(vocab_size=16, seq_len=8)
+    >>> whole, part = generate(task, 1500, "train", 0), generate(task, 500, "train", 0, start=1000)
+    >>> bool((whole.inputs[1000:] == part.inputs).all())
+    True
+    """
+    if n < 1 or start < 0:
+        raise ConfigError(f"{n} rows from row {start} were asked for; both must be sensible counts")
+    first, last = start // BLOCK_ROWS, (start + n - 1) // BLOCK_ROWS
+    blocks = [
+        task.draw(block_generator(task, split, seed, block), BLOCK_ROWS)
+        for block in range(first, last + 1)
+    ]
+    offset = start - first * BLOCK_ROWS
+    inputs, answers, dense = (
+        np.ascontiguousarray(np.concatenate(parts)[offset : offset + n])
+        for parts in zip(*blocks, strict=True)
+    )
+    return Rows(inputs, answers, dense)
+
+
+def generate_legacy(task: Task, n: int, rng: np.random.Generator) -> Rows:
+    """`n` rows one after the other from one stream, as the published generators draw them."""
+    rows = [task.legacy_row(rng) for _ in range(n)]
+    return Rows(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
