@@ -417,7 +417,8 @@ def load_texts(
     """Texts of `source`: a built-in corpus, a file, a folder with split files, or a hub data set.
 
     Args:
-        source: `microworld:doc|world|sum|text`, `stdlib`, a path (also below $FIVEFOLD_DATA), or
+        source: `microworld:doc|world|sum|text`, `stdlib` (docstrings), `stdlib:sources`, a
+            path (also below $FIVEFOLD_DATA), or
             a hub id `owner/name` or `owner/name:configuration`.
         n: how many (default: 256 generated ones, or all of a file, or 1000 of a hub set).
         split: "train", "test" or "validation". A single file gives its last tenth as test.
@@ -436,8 +437,8 @@ def load_texts(
         raise DataError(f"n={n} texts asked for; expected at least 1")
     if text.startswith("microworld"):
         return _microworld(text, n or 256, split, seed)
-    if text == "stdlib":
-        return stdlib_texts(split, n)
+    if text in ("stdlib", "stdlib:sources"):
+        return _stdlib(text, n, split)
     path = _locate(text)
     if path is None:
         return _hub_texts(text, n or 1000, split, field)
@@ -491,6 +492,16 @@ def _microworld(source: str, n: int, split: str, seed: int) -> list[str]:
     return list(World().texts(kind, n, split, start=seed * 1_000_000))
 
 
+def _stdlib(source: str, n: int | None, split: str) -> list[str]:
+    from workbench.microworld import stdlib_docstrings, stdlib_sources
+
+    read = stdlib_sources if source.endswith("sources") else stdlib_docstrings
+    texts = list(read("train" if split == "train" else "test"))
+    if n is None or n >= len(texts):
+        return texts
+    return [texts[i * len(texts) // n] for i in range(n)]  # from all over the library
+
+
 def _hub_texts(source: str, n: int, split: str, field: str) -> list[str]:
     import datasets
 
@@ -512,51 +523,6 @@ def _hub_texts(source: str, n: int, split: str, field: str) -> list[str]:
         texts.append(row[field])
     if not texts:
         raise DataError(f"{source}: split {split!r} is empty")
-    return texts
-
-
-# ---------------------------------------------------------------- the standard library as text
-
-
-def stdlib_texts(split: str = "train", n: int | None = None) -> list[str]:
-    """Docstrings of Python's standard library, 200 characters or more, in path order.
-
-    Natural text that lies on every machine. Every twentieth by hash is the test split, so the
-    splits do not depend on order or number; the texts themselves depend on the Python version.
-    """
-    import hashlib
-    import inspect
-    import sysconfig
-
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "__pycache__",
-    }
-    texts: list[str] = []
-    for file in sorted(folder.rglob("*.py")):
-        if skipped & set(file.relative_to(folder).parts):
-            continue
-        try:
-            code = file.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError):
-            continue  # a few test fixtures are in other encodings on purpose
-        for match in re.finditer(r'^[ \t]*[rR]?"""(.*?)"""', code, re.DOTALL | re.MULTILINE):
-            text = inspect.cleandoc(match.group(1))
-            if len(text) < 200:
-                continue
-            held_out = hashlib.sha256(text.encode("utf-8", "replace")).digest()[0] < 13
-            if held_out == (split != "train"):
-                texts.append(text)
-            if n is not None and len(texts) == n:
-                return texts
-    if not texts:
-        raise DataError(f"stdlib: no sources in {folder}; use --data microworld:text or a file")
     return texts
 
 
