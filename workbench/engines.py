@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 
 from workbench.errors import MissingExtra, unknown_name
@@ -76,23 +74,18 @@ def _engine(name: str) -> Engine:
     return ENGINES[name]
 
 
-@cache
 def status(name: str) -> Status:
     """Imports engine `name` and says whether that worked; any failure counts as missing."""
     engine = _engine(name)
+    top = engine.module.partition(".")[0]
     try:
-        if importlib.util.find_spec(engine.module.partition(".")[0]) is None:
-            return Status(name, False, "", "not installed")
         module = importlib.import_module(engine.module)
     except ModuleNotFoundError as error:
-        reason = f"installed, but {error.name} is missing" if error.name else "not installed"
-        own = error.name in (None, engine.module, engine.module.partition(".")[0])
-        return Status(name, False, "", "not installed" if own else reason)
-    except ValueError:  # find_spec of a module set to None in sys.modules
-        return Status(name, False, "", "not installed")
+        if error.name in (None, engine.module, top):
+            return Status(name, False, "", "not installed")
+        return Status(name, False, "", f"broken (its module {error.name} is missing)")
     except Exception as error:  # a broken binary can raise anything
-        text = str(error).strip().splitlines()
-        first = text[0][:160] if text else ""
+        first = (str(error).strip().splitlines() or [""])[0][:160]
         return Status(name, False, "", f"broken ({type(error).__name__}: {first})")
     return Status(name, True, _version(name, module), "")
 

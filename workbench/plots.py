@@ -196,12 +196,24 @@ def line_plot(
             fontsize=TEXT_POINTS - 1,
             color=INK,
         )
-    if "x" in log:
-        axes.set_xscale("log")
-    if "y" in log:
-        axes.set_yscale("log")
+    for axis, letter in ((axes.xaxis, "x"), (axes.yaxis, "y")):
+        if letter in log:
+            _plain_log(axes, axis, letter)
     _label(axes, xlabel or x, ylabel or y, title)
     _legend(axes, list(groups))
+
+
+def _plain_log(axes: Axes, axis: Any, letter: str) -> None:
+    """A logarithmic axis with plain numbers, also between the powers of ten on short ranges."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    getattr(axes, f"set_{letter}scale")("log")
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low) if low > 0 else 3.0
+    marks = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if decades < 1 else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=marks if decades < 3 else (1.0,)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def bar_plot(
