@@ -74,7 +74,7 @@ def evaluate_tasks(
 
 
 def write_choice_task(items: Sequence[Mapping[str, Any]], folder: Path | str) -> Path:
-    """Writes items {query, choices, gold} as a local task `fivefold_choices`; returns the folder."""
+    """Writes items {query, choices, gold} as local task `fivefold_choices`; returns the folder."""
     import json
 
     folder = Path(folder).absolute()

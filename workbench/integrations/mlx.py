@@ -66,8 +66,8 @@ def load_mlx(spec: str | Path, *, dtype: str = "float32") -> MlxModel:
         model, _ = mlx_lm.utils.load_model(Path(name))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{name}: mlx-lm cannot load model_type {config.get('model_type')!r} ({error}); use the "
-            "torch path"
+            f"{name}: mlx-lm cannot load model_type {config.get('model_type')!r} ({error}); use "
+            "the torch path"
         ) from error
     model.set_dtype(getattr(mlx, dtype))
     return MlxModel(model, config)

@@ -112,7 +112,6 @@ def start_tracker(
     settings: dict[str, Any] = {
         "project": project,
         "name": name,
-        "id": None,
         "config": dict(config),
         "dir": str(directory),
         "mode": wandb_mode(),
