@@ -160,7 +160,7 @@ class Engine:
             elif index < len(forced):
                 known.append(int(forced[index]))
         result.seconds = time.perf_counter() - begin
-        result.pending = adapter_pending(state, self.policy)
+        self._count_pending(state, result)
         if on_state is not None:
             self._flush(state)
             on_state(state)
@@ -287,6 +287,16 @@ class Engine:
         tally.vocabularies += 1
         return adapter.logits(out)[0, -1]
 
+    def _count_pending(self, state: Any, result: Decoded) -> None:
+        """Tokens still waiting are counted as if they had been worked off."""
+        for segment in range(1, len(self.bounds) - 1):
+            waiting = sum(part.shape[1] for part in self.queues[segment])
+            rest = self.adapter.n_layers - self.bounds[segment]
+            end = state.lengths[self.bounds[segment] - 1]  # text position after the newest of them
+            result.pending += waiting
+            result.tally.blocks += waiting * rest
+            result.tally.context += rest * sum(range(end - waiting + 1, end + 1))
+
     def _flush(self, state: Any) -> None:
         """Run everything that waits through the rest of the blocks."""
         for segment in range(1, len(self.bounds) - 1):
@@ -300,7 +310,3 @@ class Engine:
             if segment < len(self.layers):
                 self.queues[segment + 1].append(out)
 
-
-def adapter_pending(state: Any, policy: str) -> int:
-    """Tokens that have not reached the last block yet."""
-    return state.lengths[0] - state.lengths[-1] if policy == "defer" else 0

@@ -1,0 +1,3 @@
+from workbench.cli import list_scripts
+
+list_scripts("early_exit")
