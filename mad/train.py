@@ -1,0 +1,310 @@
+"""Train one stack of layers on one synthetic task and score it.   [arXiv 2403.17844, MAD]
+
+    python -m mad.train --task in-context-recall --layers mh-attention swiglu mh-attention swiglu
+    python -m mad.train --config configs/mad/tiny.yaml
+    python -m mad.train --task memorization --layers mh-hyena mlp mh-hyena mlp --epochs 20
+
+Task options that are not given take the task's published baseline; given ones win.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+
+from mad import report
+from mad.protocols import PROTOCOLS, build_optimizer, build_schedule, protocol_named
+from mad.registry import build_task, parse_layer, stack_name
+from mad.tasks.task import Split, Task, generate
+from workbench.cli import RunField, RunOptions, cli
+from workbench.errors import ConfigError
+from workbench.run import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Which layers on which task, trained how."""
+
+    task: str = "in-context-recall"
+    """Task name, or module:Class of your own."""
+    layers: tuple[str, ...] = ("mh-attention", "swiglu", "mh-attention", "swiglu")
+    """Layers in order, with options if any (`mh-attention,num_heads=4`), or module:Class."""
+
+    vocab_size: int | None = None
+    """Number of tokens, special ones included."""
+    seq_len: int | None = None
+    """Sequence length."""
+    multi_query: bool = True
+    """Recall: score every repeated key, not only the last."""
+    noise_vocab_size: int | None = None
+    """Number of noise tokens."""
+    frac_noise: float | None = None
+    """Probability of a noise pair in a slot."""
+    num_train_examples: int | None = None
+    """Training rows."""
+    num_test_examples: int = 1280
+    """Rows of the test split, and of the validation split."""
+
+    dim: int = 128
+    """Width of the model."""
+    max_length: int | None = None
+    """Length that Hyena's filters are made for; none means the task's."""
+
+    protocol: Literal["lab", "mad-code", "mad-paper"] = "lab"
+    """Betas, schedule, clipping and which weights are scored."""
+    train_targets: Literal["dense", "answers"] = "dense"
+    """Recall tasks: learn to predict every next token (as published) or the answers only."""
+    batch_size: int = 128
+    """Rows per step."""
+    epochs: int = 200
+    """Passes over the training rows."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Optimiser."""
+    scheduler: Literal["cosine", "cosine-epochs", "none"] | None = None
+    """Learning-rate schedule; none given means the protocol's."""
+    lr: float = 5e-4
+    """Largest learning rate."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of a cosine schedule."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    stop_accuracy: float = 0.999
+    """Stop once validation accuracy reaches this; above 1 never."""
+    evaluate_every: int | None = None
+    """Steps between validations; none means one epoch."""
+    save_every: int | None = None
+    """Steps between checkpoints; none means the validation period, at least 100."""
+    seed: int = 12345
+    """Seed of all named streams: data, initialisation, order."""
+    run: RunField = RunOptions()
+    """Where and how."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_test_examples", "dim", "batch_size", "epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}; expected at least 1")
+        for name in ("num_train_examples", "evaluate_every", "save_every", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}; expected at least 1")
+        if not 0 <= self.min_lr <= self.lr or self.lr <= 0:
+            raise ConfigError(
+                f"min_lr={self.min_lr} and lr={self.lr}: expected 0 ≤ min_lr ≤ lr > 0"
+            )
+        if self.weight_decay < 0:
+            raise ConfigError(f"weight_decay={self.weight_decay} is negative")
+        if not self.layers:
+            raise ConfigError(
+                "no layers given; name at least one, e.g. --layers mh-attention swiglu"
+            )
+        for layer in self.layers:
+            parse_layer(layer)
+        build_task(self.task, task_options(self))
+
+
+def task_options(experiment: Experiment) -> dict[str, Any]:
+    """The options the user gave to the task; what is None is left to the task's baseline."""
+    names = ("vocab_size", "seq_len", "noise_vocab_size", "frac_noise", "num_train_examples")
+    given = {name: getattr(experiment, name) for name in names}
+    return given if experiment.multi_query else given | {"multi_query": False}
+
+
+EXPERIMENT = Experiment()  # edit me
+
+
+class Progress:
+    """Validation history and the best weights so far: the part of the state that is no module."""
+
+    def __init__(self) -> None:
+        self.curve: list[dict[str, float]] = []
+        self.accuracy = -1.0
+        self.step = 0
+        self.weights: dict[str, Tensor] = {}
+
+    def record(self, step: int, accuracy: float, model: nn.Module) -> None:
+        """Note a validation accuracy; copy the weights if none was higher before."""
+        self.curve.append({"step": step, "accuracy": accuracy})
+        if accuracy > self.accuracy:
+            self.accuracy, self.step = accuracy, step
+            self.weights = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as a tree."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        vars(self).update(state)
+
+
+def main(experiment: Experiment) -> dict[str, Any]:
+    """Train, select on validation, score on test; returns the results of the run."""
+    with Run.open("mad.train", experiment) as run:
+        if run.finished:
+            return run.results
+        import torch
+        import torch.nn.functional as F
+
+        from mad.evaluate import evaluate
+        from mad.model import build_model
+        from mad.tasks.task import IGNORE
+        from workbench.optim import clip
+
+        device, dtype = run.device.device, run.device.dtype
+        mixed = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+        protocol = protocol_named(experiment.protocol)
+        task, n_train = build_task(experiment.task, task_options(experiment))
+        run.note(f"{task}, {n_train} training rows; {stack_name(experiment.layers)}")
+
+        sizes: dict[Split, int] = dict.fromkeys(("val", "test"), experiment.num_test_examples)
+        data = {
+            split: tuple(
+                torch.from_numpy(part).to(device, torch.int32)  # the whole split stays resident
+                for part in generate(task, n, split, run.streams.integer("data"))
+            )
+            for split, n in {"train": n_train, **sizes}.items()
+        }
+        inputs, answers, dense = data["train"]
+        targets = dense if experiment.train_targets == "dense" else answers
+
+        model = build_model(
+            experiment.layers,
+            vocab_size=task.vocab_size,
+            width=experiment.dim,
+            max_length=experiment.max_length or task.length,
+            seed=run.streams.integer("init"),
+        ).to(device)
+        optimizer = build_optimizer(
+            model,
+            experiment.optimizer,
+            lr=experiment.lr,
+            weight_decay=experiment.weight_decay,
+            protocol=experiment.protocol,
+        )
+        batch_size = min(experiment.batch_size, n_train)
+        steps_per_epoch = -(-n_train // batch_size)
+        steps = experiment.epochs * steps_per_epoch
+        schedule = build_schedule(
+            optimizer,
+            experiment.scheduler or protocol.schedule,
+            epochs=experiment.epochs,
+            steps_per_epoch=steps_per_epoch,
+            floor=experiment.min_lr / experiment.lr,
+        )
+        progress = Progress()
+        state = {
+            "model": model,
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "progress": progress,
+        }
+        validate_every = experiment.evaluate_every or steps_per_epoch
+        save_every = experiment.save_every or max(100, validate_every)
+
+        @lru_cache(maxsize=1)
+        def order(epoch: int) -> Tensor:
+            permutation = run.streams("order", index=epoch).permutation(n_train)
+            return torch.from_numpy(permutation).to(device)
+
+        for step in run.steps(steps, state, save_every=save_every):
+            epoch, at = divmod(step - 1, steps_per_epoch)
+            rows = order(epoch)[at * batch_size : (at + 1) * batch_size]
+            with mixed:
+                logits = model(inputs[rows])  # (B, L, V)
+            loss = F.cross_entropy(
+                logits.float().flatten(0, 1),
+                targets[rows].long().flatten(),
+                ignore_index=IGNORE,
+            )
+            run.require_finite(step, loss=loss, batch={"inputs": inputs[rows]})
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = clip(model.parameters(), protocol.clip_norm)
+            lr = schedule.get_last_lr()[0]
+            optimizer.step()
+            schedule.step()
+            if run.every(step, 10):
+                run.log(step, {"train/loss_nats": loss, "train/gradient_norm": norm, "lr": lr})
+            if run.every(step, validate_every) or step == steps:
+                with mixed:
+                    score = evaluate(model, *data["val"][:2], batch_size=experiment.batch_size)
+                progress.record(step, score.accuracy, model)
+                run.log(step, score.named("val"))
+                if score.accuracy >= experiment.stop_accuracy:
+                    run.note(f"step {step}: validation accuracy {score.accuracy:.4f}, stopping")
+                    break
+
+        with mixed:
+            results = score_run(experiment, task, model, progress, data)
+        weights, metadata = progress.weights, {"layers": " ".join(experiment.layers)}
+        run.save_tensors("model.safetensors", weights, metadata | {"task": experiment.task})
+        report.draw_run(run, results)
+        return run.finish(
+            results,
+            title=f"{results['stack']} on {experiment.task}",
+            question="Does this stack of layers learn the task?",
+            summary=report.describe(results),
+        )
+
+
+def score_run(
+    experiment: Experiment,
+    task: Task,
+    model: nn.Module,
+    progress: Progress,
+    data: dict[Split, tuple[Tensor, ...]],
+) -> dict[str, Any]:
+    """Test scores of the last and of the selected weights, and what they have to be read beside.
+
+    Leaves the selected weights in the model.
+    """
+    from mad.evaluate import evaluate
+    from mad.model import account
+
+    size, some = experiment.batch_size, experiment.num_test_examples
+    last = evaluate(model, *data["test"][:2], batch_size=size)
+    model.load_state_dict(progress.weights)
+    selected = evaluate(model, *data["test"][:2], batch_size=size)
+    inputs, answers, dense = (part[:some] for part in data["train"])
+    masked = evaluate(model, inputs, answers, batch_size=size)
+    full = evaluate(model, inputs, dense, batch_size=size)
+    score = selected if PROTOCOLS[experiment.protocol].selected else last
+    n_train, costs = len(data["train"][0]), account(model, task.length)
+    return {
+        "task": experiment.task,
+        "stack": stack_name(experiment.layers),
+        "test_accuracy": score.accuracy,
+        "test_accuracy_low": score.low,
+        "test_accuracy_high": score.high,
+        "test_accuracy_macro_batch": score.accuracy_macro_batch,
+        "test_accuracy_sequence": score.accuracy_sequence,
+        "test_nll_nats": score.nll_nats,
+        "test_accuracy_last": last.accuracy,
+        "test_accuracy_selected": selected.accuracy,
+        "validation_accuracy": progress.accuracy,
+        "train_accuracy": masked.accuracy,
+        "train_accuracy_dense": full.accuracy,
+        "chance": task.chance(),
+        "ceiling": task.ceiling(n_train),
+        "n_scored": score.n_scored,
+        "n_rows": score.n_rows,
+        "steps": progress.curve[-1]["step"],
+        "steps_selected": progress.step,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "layer_parameters": sum(cost.params for cost in costs),
+        "state_floats": sum(cost.state_floats for cost in costs),
+        "flops_per_token": sum(cost.flops_per_token for cost in costs),
+        "vocab_size": task.vocab_size,
+        "seq_len": task.seq_len,
+        "num_train_examples": n_train,
+        "protocol": experiment.protocol,
+        "curve": progress.curve,
+    }
+
+
+if __name__ == "__main__":
+    cli(main, EXPERIMENT)
