@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import datetime
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -406,4 +405,4 @@ def main(experiment: Experiment) -> dict[str, Any]:
 if __name__ == "__main__":
     from workbench.cli import cli
 
-    sys.exit(cli(main, EXPERIMENT))
+    cli(main, EXPERIMENT)

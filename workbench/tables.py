@@ -19,7 +19,6 @@ import io
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -306,4 +305,4 @@ def main(experiment: Experiment) -> dict[str, Any]:
 if __name__ == "__main__":
     from workbench.cli import cli
 
-    sys.exit(cli(main, EXPERIMENT))
+    cli(main, EXPERIMENT)
