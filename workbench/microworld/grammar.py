@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905  (word lists read better as sentences)
 """The words and sentence patterns of the microworld.
 
 A pattern is a string of words; `{t}` is the thing or city, `{v}` the value, `{a}` the adjective.
@@ -145,7 +146,7 @@ def _pattern_words() -> list[str]:
 
 
 CONTENT_WORDS: dict[str, tuple[str, ...]] = {
-    **{topic: things for topic, things in TOPICS.items()},
+    **TOPICS,
     "adjective": ADJECTIVES,
     "place": PLACES,
     "name": NAMES,
