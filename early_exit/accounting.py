@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -108,4 +109,5 @@ def dynamax_speedup(
     ignored = float((saved + (1 if family == "attention" else 0)).sum())
     share = 4 / 24 if family == "attention" else 9 / 26
     penalty = share * float((saved + 1).sum()) if recompute else 0.0
-    return total / (total - ignored + penalty)
+    rest = total - ignored + penalty
+    return total / rest if rest > 0 else math.inf  # it can credit more blocks than there are

@@ -1,12 +1,12 @@
 """Scores in [0, 1], larger = safer to leave; an exit fires when score > λ (strictly).
 
-    gate        the trained gate's probability of "exit"
-    maxprob     p₁, the largest probability of the exit's own distribution            [CALM §3.1]
-    margin      p₁ - p₂                                                               [CALM §3.1]
-    entropy     1 - H(p)/log V
-    saturation  (1 + cos(h_e, h_before))/2, with the stream at the exit before        [CALM §3.1]
-    fixed       1 at every exit: leave at the first one
-    oracle      1 where the emitted token equals the full model's (simulation only: an upper bound)
+gate        the trained gate's probability of "exit"
+maxprob     p₁, the largest probability of the exit's own distribution            [CALM §3.1]
+margin      p₁ - p₂                                                               [CALM §3.1]
+entropy     1 - H(p)/log V
+saturation  (1 + cos(h_e, h_before))/2, with the stream at the exit before        [CALM §3.1]
+fixed       1 at every exit: leave at the first one
+oracle      1 where the emitted token equals the full model's (simulation only: an upper bound)
 """
 
 from __future__ import annotations

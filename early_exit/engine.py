@@ -309,4 +309,3 @@ class Engine:
             out = self.adapter.run(hidden, low, high, state, state.lengths[low])
             if segment < len(self.layers):
                 self.queues[segment + 1].append(out)
-

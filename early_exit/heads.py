@@ -1,11 +1,11 @@
 """Exit gates and emissions: when to leave, and which token an exited position gets.
 
-Gate of exit e:  z = softmax(W_e x + b_e)[1],  W_e ∈ R^{2×m},  the exit fires when z > λ   [DYNAMAX §3]
+Gate of exit e:  z = softmax(W_e x + b_e)[1],  W_e ∈ R^{2×m},  fires when z > λ   [DYNAMAX §3]
 
 Emission of exit e:
-    lens        p = softmax(U N(h_e))                                    no parameters
-    affine      p = softmax(U N(h_e + A_e h_e + c_e))                    "tuned lens", A_e starts at 0
-    last_block  p = softmax(U N(block_{L-1}(h_e)))                       the published one
+    lens        p = softmax(U N(h_e))                        no parameters
+    affine      p = softmax(U N(h_e + A_e h_e + c_e))        "tuned lens", A_e starts at 0
+    last_block  p = softmax(U N(block_{L-1}(h_e)))           the published one
 
 Labels and losses always use the chosen emission.
 """
@@ -83,7 +83,9 @@ class Translators(nn.Module):
         self.weight = nn.Parameter(torch.zeros(n_exits, width, width))
         self.bias = nn.Parameter(torch.zeros(n_exits, width))
 
-    def forward(self, h: Float[Tensor, "tokens exits width"]) -> Float[Tensor, "tokens exits width"]:
+    def forward(
+        self, h: Float[Tensor, "tokens exits width"]
+    ) -> Float[Tensor, "tokens exits width"]:
         """All exits at once."""
         return h + torch.einsum("ted,efd->tef", h, self.weight) + self.bias
 

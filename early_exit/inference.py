@@ -1,7 +1,7 @@
 """Generate text with exits and show after which block each token left.   [DYNAMAX §4]
 
-    python -m early_exit.inference --exits runs/early_exit/train-1a2b3c4d --prompt "Q who owns"
-    python -m early_exit.inference --exits DIR --threshold 0.6 --policy propagate --accounting dynamax
+python -m early_exit.inference --exits runs/early_exit/train-1a2b3c4d --prompt "Q who owns"
+python -m early_exit.inference --exits DIR --threshold 0.6 --policy propagate --accounting dynamax
 """
 
 from __future__ import annotations

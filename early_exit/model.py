@@ -1,6 +1,6 @@
 """A backbone with exits: build, save, load, generate.
 
-    model = EarlyExitModel.from_pretrained("micro-mistral", exits_dir="runs/early_exit/train-1a2b3c4d")
+    model = EarlyExitModel.from_pretrained("micro-mistral", exits_dir="runs/early_exit/mine")
     out = model.generate("Q what is", max_new_tokens=40, threshold=0.9, policy="defer")
     out.text, out.exit_layers, out.speedups
 

@@ -69,9 +69,7 @@ def speed_figure(
     axes[0].set_ylabel("agreement with the full model")
     axes[0].set_ylim(max(0.0, lowest - 0.03), 1.005)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5
-    )
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
     if title:
         figure.suptitle(title, fontsize=10.5, x=0.01, ha="left")
     return figure, rows
@@ -242,7 +240,10 @@ def wrap_tokens(pieces: Sequence[str], width: int) -> list[list[tuple[int, int]]
 
 
 def heat_map_html(
-    pieces: Sequence[str], exit_layers: Sequence[int], scores: Sequence[Sequence[float]], layers: int
+    pieces: Sequence[str],
+    exit_layers: Sequence[int],
+    scores: Sequence[Sequence[float]],
+    layers: int,
 ) -> str:
     """A self-contained page: tokens coloured by exit, the scores asked on hover."""
     from matplotlib import colormaps

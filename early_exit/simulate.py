@@ -126,7 +126,7 @@ def document_sums(
 
 
 def bootstrap_ratio(
-    hits: Float[np.ndarray, "documents *curve"],
+    hits: Float[np.ndarray, "documents ..."],
     counts: Float[np.ndarray, " documents"],
     generator: np.random.Generator,
     resamples: int = 400,
@@ -175,9 +175,7 @@ def curve(
                 "speedup_arithmetic_propagate": fill["speedup_arithmetic"],
                 "speedup_arithmetic_defer": defer["speedup_arithmetic"],
                 "speedup_dynamax": dynamax_speedup(left, len(index), evidence.layers, family),
-                **{
-                    f"left_at_{e}": float(s) for e, s in zip(evidence.exits, shares, strict=False)
-                },
+                **{f"left_at_{e}": float(s) for e, s in zip(evidence.exits, shares, strict=False)},
             }
         )
     low, high = bootstrap_ratio(np.stack(hits, axis=1), counts[used], generator)

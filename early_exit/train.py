@@ -1,8 +1,8 @@
 """Train exit gates from cached hidden states and report how well they know.   [DYNAMAX §3]
 
-    python -m early_exit.train --model micro-mistral
-    python -m early_exit.train --model micro-mamba2 --exits 3 4 5 6 --emission affine
-    python -m early_exit.train --model /models/mistral-7b --emission last_block --label-topk 15
+python -m early_exit.train --model micro-mistral
+python -m early_exit.train --model micro-mamba2 --exits 3 4 5 6 --emission affine
+python -m early_exit.train --model /models/mistral-7b --emission last_block --label-topk 15
 """
 
 from __future__ import annotations

@@ -107,9 +107,7 @@ class AttentionAdapter(Adapter):
             )
         cos, sin = self._rotation(0, capacity)
         shape = (self.n_layers, batch, self.kv_heads, capacity, self.head_width)
-        return AttentionState(
-            torch.zeros(shape, dtype=self.dtype, device=self.device), cos, sin
-        )
+        return AttentionState(torch.zeros(shape, dtype=self.dtype, device=self.device), cos, sin)
 
     def _rotation(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         positions = torch.arange(start, start + count, device=self.device)[None]

@@ -130,7 +130,9 @@ class Adapter:
         """U x: the output head, without the norm."""
         return self.head(normed)
 
-    def logits(self, hidden: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time vocab"]:
+    def logits(
+        self, hidden: Float[Tensor, "batch time width"]
+    ) -> Float[Tensor, "batch time vocab"]:
         """U N(h): the logit lens of a residual stream."""
         return self.head(rms_norm(self.norm, hidden))
 
