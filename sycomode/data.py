@@ -246,29 +246,20 @@ def file_task(
 # ---------------------------------------------------------------- the three classic experiments
 
 
-@dataclass(frozen=True)
-class Item:
-    """A context, what is asked after it, and the answer."""
-
-    context: str
-    question: str
-    answer: str
-
-
-def letter_items(n: int, stream: np.random.Generator) -> list[Item]:
-    """Runs of the alphabet with the next letter as answer: start s ~ U{0..21}, length U{4..25−s}.
+def letter_items(n: int, stream: np.random.Generator) -> list[tuple[str, str]]:
+    """(run of letters, next letter): start s ~ U{0..21}, length U{4..25−s}, a space after each.
 
     >>> import numpy as np
-    >>> item = letter_items(1, np.random.default_rng(0))[0]
+    >>> context, answer = letter_items(1, np.random.default_rng(0))[0]
     >>> (item.context[-2:-1], item.answer) in zip("abcdefghijklmnopqrstuvwxy",
     "bcdefghijklmnopqrstuvwxyz") True
     """
-    items = []
+    items: list[tuple[str, str]] = []
     for _ in range(n):
         start = int(stream.integers(0, 22))
         length = int(stream.integers(4, 25 - start + 1))
         run = LETTERS[start : start + length]
-        items.append(Item("".join(letter + " " for letter in run), "", LETTERS[start + length]))
+        items.append(("".join(letter + " " for letter in run), LETTERS[start + length]))
     return items
 
 
@@ -289,55 +280,60 @@ def letter_ids(tokenizer: PreTrainedTokenizerBase, context: str) -> tuple[list[i
     return list(heads.pop()), lasts
 
 
-REASONING_ITEMS: tuple[Item, ...] = (
-    Item(
+def _one(context: str, question: str, answer: str) -> Document:
+    return Document(context, (Question(question, answer),))
+
+
+REASONING_ITEMS: tuple[Document, ...] = (
+    _one(
         "The Orrin Tower stands in the old harbour city of Velmora.",
         " Question: in which city is the Orrin Tower? Answer:",
         " Velmora",
     ),
-    Item("Mira's coat is red.", " Question: what colour is Mira's coat? Answer:", " red"),
-    Item("Mira's coat is blue.", " Question: what colour is Mira's coat? Answer:", " blue"),
+    _one("Mira's coat is red.", " Question: what colour is Mira's coat? Answer:", " red"),
+    _one("Mira's coat is blue.", " Question: what colour is Mira's coat? Answer:", " blue"),
 )
 """Items 2 and 3 differ in the fact alone: a method that ignores the context cannot win both."""
 
-MICROWORLD_ITEMS: tuple[Item, ...] = (
-    Item(" Facts The old bell is in the tower.", " Q where is the bell ? A", " tower"),
-    Item(" Facts The kite is painted red.", " Q what colour is the kite ? A", " red"),
-    Item(" Facts The kite is painted blue.", " Q what colour is the kite ? A", " blue"),
+MICROWORLD_ITEMS: tuple[Document, ...] = (
+    _one(" Facts The old bell is in the tower.", " Q where is the bell ? A", " tower"),
+    _one(" Facts The kite is painted red.", " Q what colour is the kite ? A", " red"),
+    _one(" Facts The kite is painted blue.", " Q what colour is the kite ? A", " blue"),
 )
 """The same three in the language of the built-in models."""
 
 
-def passage_item(question: int = 0) -> Item:
-    """The shipped passage and one of its questions (0 … 23)."""
+def shipped_passage() -> Document:
+    """The passage of this package, about an invented railway, with 24 questions."""
     from workbench import storage
 
     context = (PASSAGES / "salt_railway.txt").read_text(encoding="utf-8")
     pairs = storage.read_json(PASSAGES / "salt_railway.json")["questions"]
-    if not 0 <= question < len(pairs):
-        raise DataError(f"question {question}: the passage has questions 0 … {len(pairs) - 1}")
-    one = pairs[question]
-    return Item(context, f"\n\nQuestion: {one['question']}\nAnswer:", " " + one["answer"])
+    return Document(
+        context,
+        tuple(
+            Question(f"\n\nQuestion: {one['question']}\nAnswer:", " " + one["answer"])
+            for one in pairs
+        ),
+    )
 
 
-def microworld_passage(n_facts: int = 40, n_questions: int = 24) -> list[Item]:
+def microworld_passage(n_facts: int = 40, n_questions: int = 24) -> Document:
     """A long microworld document and questions on it, for the built-in models."""
     from workbench.microworld import World
 
-    document = World().document_items(
+    item = World().document_items(
         1, "test", n_facts=(n_facts, n_facts), n_questions=n_questions, rules=False, start=7000
     )[0]
-    told = [q for q in document["questions"] if q["kind"] not in ("absent", "adjective")]
-    return [Item(document["prompt"], q["question"], q["answer"]) for q in told]
+    told = {q["question"]: q for q in item["questions"] if q["kind"] not in ("absent", "adjective")}
+    questions = [Question(q["question"], q["answer"], q["kind"]) for q in told.values()]
+    return Document(item["prompt"], tuple(questions))
 
 
-def item_from_files(context_file: Path, qa_file: Path, question: int = 0) -> Item:
-    """A context from a text file, a question from JSONL {question, answer}."""
+def document_from_files(context_file: Path, qa_file: Path) -> Document:
+    """A context from a text file, questions from JSONL {question, answer}."""
     from workbench.text import read_jsonl, read_text_file
 
     rows = read_jsonl(qa_file, required={"question": str, "answer": str})
-    if not 0 <= question < len(rows):
-        raise DataError(f"{qa_file}: question {question} asked for, the file has {len(rows)}")
-    row = rows[question]
-    Document("x", (Question(row["question"], row["answer"]),))  # refuses empty ones
-    return Item(read_text_file(context_file), row["question"], row["answer"])
+    questions = tuple(Question(row["question"], row["answer"]) for row in rows)
+    return Document(read_text_file(context_file), questions)

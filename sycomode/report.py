@@ -122,3 +122,32 @@ def curve_figure(run: Run, curves: Sequence[dict[str, Any]], n: int) -> None:
         caption=f"Recovery on n = {n} questions in held-out wordings while training.",
         alt=ends,
     )
+
+
+def triple_figure(run: Run, columns: dict[str, Any], what: str) -> None:
+    """Means over the items with the standard error, one bar per arm."""
+    from workbench.plots import bar_plot, new_figure
+
+    names = {
+        "full_context": "with context",
+        "no_context": "without",
+        "lm_on_prompt": "language modelling on it",
+        "distilled": "distilled",
+    }
+    rows = []
+    for name, column in columns.items():
+        mean = float(column.mean())
+        error = float(column.std() / max(1, len(column)) ** 0.5)
+        rows.append(
+            {"arm": names.get(name, name), "mean": mean, "low": mean - error, "high": mean + error}
+        )
+    n = len(next(iter(columns.values())))
+    figure, axes = new_figure(6.0, 2.6)
+    bar_plot(axes, rows, label="arm", value="mean", low="low", high="high", xlabel=what)
+    run.figure(
+        "triple",
+        figure,
+        rows,
+        caption=f"{what}, mean and standard error, n = {n}.",
+        alt="; ".join(f"{row['arm']} {row['mean']:.3g}" for row in rows),
+    )
