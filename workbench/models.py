@@ -255,6 +255,8 @@ def _from_pretrained(kind: str, name: str, dtype: Any, device_map: str | None) -
     config = check_folder(name) if kind == "folder" else _hub_config(name)
     options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
     options["dtype"] = dtype if dtype is not None else "auto"
+    plain = "quantization_config" not in config
+    options["ignore_mismatched_sizes"] = plain  # they are reported below, with name and shapes
     if device_map is not None:
         options["device_map"] = device_map
     try:
@@ -264,7 +266,7 @@ def _from_pretrained(kind: str, name: str, dtype: Any, device_map: str | None) -
             )
     except Exception as error:
         raise _explain(kind, name, config, error) from error
-    if "quantization_config" not in config:
+    if plain:
         _check_loaded(model, info, name)
         for key, tensor in model.state_dict().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -276,7 +278,10 @@ def _from_pretrained(kind: str, name: str, dtype: Any, device_map: str | None) -
 
 
 def _check_loaded(model: Any, info: dict[str, Any], name: str) -> None:
-    shapes = info.get("mismatched_keys")
+    shapes = [
+        f"{key} is {tuple(found)}, expected {tuple(expected)}"
+        for key, found, expected in info.get("mismatched_keys") or ()
+    ]
     if shapes:
         raise DataError(f"{name}: weights of another shape than config.json says: {_some(shapes)}")
     if info.get("missing_keys"):
@@ -308,11 +313,6 @@ def _explain(kind: str, name: str, config: dict[str, Any], error: Exception) -> 
         return DataError(
             f"{name}: compressed with {method!r}, which is not registered here; import the package "
             f"that wrote it first ({text})"
-        )
-    if "size mismatch" in text or "ignore_mismatched_sizes" in text:
-        return DataError(
-            f"{name}: weights of another shape than config.json says (vocab_size "
-            f"{config.get('vocab_size')}, hidden_size {config.get('hidden_size')}): {text}"
         )
     if "model_type" in text or "architecture" in text or "Unrecognized" in text:
         return DataError(

@@ -36,6 +36,8 @@ MAX_LINE_BYTES = 8 * 2**20
 MAX_FILE_BYTES = 2**30
 MAX_RATIO = 200
 """A gzip file that unpacks to more than this many times its size is taken for a bomb."""
+FREE_BYTES = 4 * 2**20
+"""A gzip file may unpack to so much whatever its size."""
 SHOWN_ERRORS = 5
 PASSAGE_CHARACTERS = 1000
 """Paragraphs of a plain text file are joined to passages of at least this length."""
@@ -73,7 +75,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
                     raise DataError(
                         f"{path}: more than {MAX_FILE_BYTES} bytes unpacked; split it into parts"
                     )
-                if packed and total > 16 * 2**20 and total > MAX_RATIO * size:
+                if packed and total > FREE_BYTES and total > MAX_RATIO * size:
                     raise DataError(
                         f"{path}: {size} bytes unpack to more than {MAX_RATIO} times as many; "
                         "refused as a gzip bomb"
