@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import hashlib
 import json
 import math
@@ -234,6 +235,7 @@ class Run:
         self._buffer: list[str] = []
         self._metrics_bytes = 0
         self._logged: Counter[tuple[str, int, tuple[str, ...]]] = Counter()
+        self._skipped: set[Path] = set()
         self._figures: list[dict[str, str]] = []
         self._tables: list[dict[str, str]] = []
         self._seconds_before = 0.0
@@ -253,21 +255,36 @@ class Run:
             self._prepare_directory()
             if not self.finished:
                 self._begin_recording()
-        except BaseException:
+        except BaseException as error:
             self._exit.close()
+            if _is_disk_full(error):
+                raise CheckpointError(self._disk_message(error)) from None
             raise
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
             if not self.finished and kind is not None and not issubclass(kind, Interrupted):
-                self.note(f"stopped by {kind.__name__}: {str(error)[:500]}", console=False)
+                with contextlib.suppress(OSError):
+                    self.note(f"stopped by {kind.__name__}: {str(error)[:500]}", console=False)
             if self._tracker is not None:
                 self._tracker.close()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, CheckpointError):
                 self._flush()
         finally:
             self._exit.close()
+        if _is_disk_full(error):
+            raise CheckpointError(self._disk_message(error)) from None
+
+    def _disk_message(self, error: BaseException) -> str:
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(self.directory).free
+            return (
+                f"cannot write {getattr(error, 'filename', None) or self.directory}: {error} "
+                f"({free} bytes free); what was saved before is intact, free some space and run "
+                "the same command to continue"
+            )
+        return f"cannot write {self.directory}: {error}"
 
     def _prepare_directory(self) -> None:
         parent = self.directory.parent
@@ -281,6 +298,8 @@ class Run:
             probe.write_bytes(b"x" * 4096)
             probe.unlink()
         except OSError as error:
+            if _is_disk_full(error):
+                raise
             raise ConfigError(
                 f"cannot write to {self.directory}: {error.strerror or error}; "
                 "choose another folder with --root"
@@ -551,6 +570,7 @@ class Run:
         self.phase = phase
         start = self._resume(phase, state)
         if start is None:
+            seeding.set_global(self.streams.integer(f"global/{phase}"))
             self.save(0, state)
             start = 0
         elif start:
@@ -640,7 +660,9 @@ class Run:
                             f"{path}: {key} is {header.get(key)!r}, expected {value!r}"
                         )
             except CheckpointError as error:
-                self.note(f"checkpoint skipped: {error}; using the previous one")
+                if path not in self._skipped:
+                    self._skipped.add(path)
+                    self.note(f"checkpoint skipped: {error}; using the previous one")
                 continue
             yield path, header
 
@@ -801,6 +823,17 @@ class Run:
         self.results = self._record["values"]
         self.finished = True
         return self.results
+
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """True for a full disk or quota, also where a native writer reports it as text."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_ERRORS
+    words = ("No space left on device", "File too large", "Disk quota exceeded")
+    return type(error).__name__ == "SafetensorError" and any(w in str(error) for w in words)
 
 
 def _tree_bytes(tree: Any) -> int:

@@ -47,6 +47,21 @@ class Streams:
         return torch.Generator(device=device).manual_seed(self.integer(name, index))
 
 
+def set_global(seed: int) -> None:
+    """Put the global generators of python, numpy and torch at the start of a stream.
+
+    Our own code draws from named streams only; this is for what libraries draw behind our back
+    (dropout, sampling in `generate`), so that the same command gives the same result.
+    """
+    import random
+
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def capture() -> dict[str, Any]:
     """The states of the global generators of python, numpy and torch, as a storable tree."""
     import random

@@ -312,8 +312,8 @@ def read_header(path: Path | str) -> dict[str, Any]:
         digest, _, body = file.read_text(encoding="utf-8").partition("\n")
     except UnicodeDecodeError:
         raise CheckpointError(f"{file}: altered, not UTF-8") from None
-    body = body.removesuffix("\n")
-    if hashlib.sha256(body.encode()).hexdigest() != digest:
+    whole, body = body.endswith("\n"), body.removesuffix("\n")
+    if not whole or hashlib.sha256(body.encode()).hexdigest() != digest:
         raise CheckpointError(f"{file}: altered or cut, its SHA-256 differs from its first line")
     manifest = parse_json(body)
     for name, expected in manifest["files"].items():

@@ -65,7 +65,7 @@ class Draws:
     def below(self, n: int) -> int:
         """Uniform in 0 … n - 1, counted."""
         self.logp -= math.log(n)
-        return self.stream.below(n)
+        return self.silent_below(n)
 
     def between(self, low: int, high: int) -> int:
         """Uniform in low … high, both included, counted."""

@@ -262,14 +262,14 @@ class World:
     ) -> dict[str, Any]:
         is_absent = bool(absent) and (not facts or draws.coin(ABSENT_QUESTION))
         if is_absent:
-            thing = draws.choice(absent)
-            relation = grammar.RELATIONS[draws.weighted(grammar.RELATION_WEIGHTS)]
             fact: dict[str, Any] = {}
+            thing = draws.choice(absent)
+            asked = self._absent_question(draws)
         else:
             fact = draws.choice(facts)
-            thing, relation = fact["thing"], fact["relation"]
-        asks_adjective = relation != "colour" and draws.coin(ADJECTIVE_QUESTION)
-        asked = "adjective" if asks_adjective else relation
+            thing, asked = fact["thing"], fact["relation"]
+            if asked != "colour" and draws.coin(ADJECTIVE_QUESTION):
+                asked = "adjective"
         question = [
             ("Q", WORD),
             *fill(draws.choice(grammar.QUESTIONS[asked]), t=(thing, OPEN)),
@@ -291,6 +291,25 @@ class World:
             words.append((rule["suffix"], SUFFIX))
         words.append((".", WORD))
         return turn
+
+    def _absent_question(self, draws: Draws) -> str:
+        """What is asked about a thing that the document does not mention.
+
+        A question for the adjective does not show which relation it replaced, so the sum over
+        both is what is counted.
+        """
+        weights = grammar.RELATION_WEIGHTS
+        index = draws.silent_weighted(weights)
+        asked = grammar.RELATIONS[index]
+        with_adjective = sum(weights[:-1])  # all but the colour
+        if asked == "colour":
+            probability = weights[index]
+        elif draws.silent_coin(ADJECTIVE_QUESTION):
+            asked, probability = "adjective", with_adjective * ADJECTIVE_QUESTION
+        else:
+            probability = weights[index] * (1 - ADJECTIVE_QUESTION)
+        draws.logp += math.log(probability / sum(weights))
+        return asked
 
     def topic(self, thing: str) -> str:
         """The topic a thing belongs to."""
