@@ -311,10 +311,6 @@ class World:
         draws.logp += math.log(probability / sum(weights))
         return asked
 
-    def topic(self, thing: str) -> str:
-        """The topic a thing belongs to."""
-        return next(topic for topic, things in self.lexicon.topics.items() if thing in things)
-
     def answer(
         self, thing: str, asked: str, fact: dict[str, Any], rule: dict[str, Any]
     ) -> tuple[str, str]:
