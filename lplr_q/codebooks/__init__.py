@@ -1,0 +1,1 @@
+"""Codebooks for the quantised part Q and the factors L, R."""

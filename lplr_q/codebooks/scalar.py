@@ -1,0 +1,73 @@
+"""Scalar codebook: the Lloyd-Max quantiser of a unit Gaussian.   [Max 1960]"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from lplr_q.codebooks.base import require_bits
+
+
+def _cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def _density(x: Tensor) -> Tensor:
+    return torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+@lru_cache(maxsize=8)
+def lloyd_max_levels(bits: int) -> Float[Tensor, " levels"]:
+    """The 2^bits levels that minimise E (x - q(x))^2 for x ~ N(0, 1), ascending, float64.
+
+    Fixed point of: boundaries halfway between levels, levels = centroids of their cells.
+    """
+    count = 2**bits
+    start = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    levels = torch.special.ndtri(start) * math.sqrt(3)  # asymptotic point density ~ p^(1/3)
+    edge = torch.tensor([math.inf], dtype=torch.float64)
+    for _ in range(20_000):
+        bounds = torch.cat([-edge, (levels[1:] + levels[:-1]) / 2, edge])
+        mass = _cdf(bounds[1:]) - _cdf(bounds[:-1])
+        new = (_density(bounds[:-1]) - _density(bounds[1:])) / mass
+        new = (new - new.flip(0)) / 2  # the optimum is symmetric; keep it exactly so
+        if (new - levels).abs().max() < 1e-12:
+            break
+        levels = new
+    return levels
+
+
+def gaussian_mse(levels: Float[Tensor, " levels"]) -> float:
+    """E (x - q(x))^2 of nearest-level rounding for x ~ N(0, 1), in closed form."""
+    edge = torch.tensor([math.inf], dtype=torch.float64)
+    bounds = torch.cat([-edge, (levels[1:] + levels[:-1]) / 2, edge])
+    mass = _cdf(bounds[1:]) - _cdf(bounds[:-1])
+    first = _density(bounds[:-1]) - _density(bounds[1:])
+    return float(1 - 2 * (levels * first).sum() + (levels**2 * mass).sum())
+
+
+class LloydMaxCodebook:
+    """One level per weight; Gaussian MSE 0.1175, 0.0345, 0.0095 at 2, 3, 4 bits."""
+
+    name = "lloyd-max"
+    dim = 1
+    opt_scale = 1.0
+
+    def __init__(self, bits: int) -> None:
+        require_bits(self.name, bits, tuple(range(1, 9)))
+        self.bits = float(bits)
+        self.streams = (bits,)
+        self._levels = lloyd_max_levels(bits)
+
+    def encode(self, x: Float[Tensor, "*batch 1"]) -> Int64[Tensor, "*batch 1"]:
+        """Index of the nearest level."""
+        levels = self._levels.to(device=x.device, dtype=x.dtype)
+        return torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)
+
+    def decode(self, codes: Int64[Tensor, "*batch 1"]) -> Float[Tensor, "*batch 1"]:
+        """The levels."""
+        return self._levels.to(device=codes.device, dtype=torch.float32)[codes]

@@ -1,0 +1,269 @@
+"""Randomised Hadamard transform of any width: incoherence processing.   [QuIP# §3]
+
+    W~ = Theta_m diag(s_out) W diag(s_in) Theta_n^T        H~ = Theta_n diag(s_in) H diag(s_in) Theta_n^T
+
+leaves tr(W H W^T) unchanged and spreads outliers over all coordinates.
+
+Glossary: ``n`` width, ``K`` order of the dense factor, ``Theta`` orthogonal n x n matrix.
+
+Which Theta (recorded in the metadata of every compressed layer):
+
+* ``sylvester``  n = 2^a: fast Walsh-Hadamard butterflies;
+* ``paley``      n = 2^i K with a Paley matrix of order K (type I, type II, or a Kronecker product of
+  two of them): butterflies and one K x K product;
+* ``hartley``    every other width: the orthonormal discrete Hartley transform by FFT, whose entries
+  are at most sqrt(2/n). It is a stated fallback: nothing is padded.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor
+
+from workbench.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class HadamardPlan:
+    """How a width is transformed: ``n = butterfly * order`` with a dense factor of ``order``."""
+
+    n: int
+    kind: str
+    """``sylvester``, ``paley`` or ``hartley``."""
+    butterfly: int
+    """Power of two handled by butterflies."""
+    order: int
+    """Order K of the dense factor, 1 when there is none."""
+
+    @property
+    def is_hadamard(self) -> bool:
+        """Whether every entry of Theta is +-1/sqrt(n)."""
+        return self.kind != "hartley"
+
+
+def _prime_power(q: int) -> tuple[int, int] | None:
+    """Return (p, k) with q = p^k, p prime, or None."""
+    if q < 2:
+        return None
+    p = next((d for d in range(2, math.isqrt(q) + 1) if q % d == 0), q)
+    k = 0
+    while q % p == 0:
+        q, k = q // p, k + 1
+    return (p, k) if q == 1 else None
+
+
+def _paley_kind(order: int) -> str | None:
+    """``I``, ``II`` or None: which Paley construction gives a Hadamard matrix of this order."""
+    if order % 4:
+        return None
+    if (order - 1) % 4 == 3 and _prime_power(order - 1):
+        return "I"
+    half = order // 2 - 1
+    if half % 4 == 1 and _prime_power(half):
+        return "II"
+    return None
+
+
+def _kronecker_split(order: int) -> tuple[int, int] | None:
+    """Two Paley orders whose product is ``order``, or None."""
+    for left in range(4, math.isqrt(order) + 1, 4):
+        if order % left == 0 and _paley_kind(left) and _paley_kind(order // left):
+            return left, order // left
+    return None
+
+
+def _field_characters(p: int, k: int) -> Int8[Tensor, "q q"]:
+    """Jacobsthal matrix Q[a, b] = chi(a - b) of GF(p^k), chi the quadratic character."""
+    q = p**k
+    elements = list(itertools.product(range(p), repeat=k))  # coefficients, lowest degree first
+    index = {e: i for i, e in enumerate(elements)}
+
+    def multiply(a: tuple[int, ...], b: tuple[int, ...], modulus: tuple[int, ...]) -> tuple:
+        product = [0] * (2 * k - 1)
+        for i, x in enumerate(a):
+            for j, y in enumerate(b):
+                product[i + j] += x * y
+        for degree in range(2 * k - 2, k - 1, -1):  # x^k = -(modulus without its leading term)
+            lead = product[degree] % p
+            for j in range(k):
+                product[degree - k + j] -= lead * modulus[j]
+        return tuple(c % p for c in product[:k])
+
+    def squares(modulus: tuple[int, ...]) -> set[int]:
+        return {index[multiply(e, e, modulus)] for e in elements[1:]}
+
+    # an irreducible modulus is one for which exactly half of the non-zero elements are squares
+    # and no non-zero element has a zero divisor among the squares' roots
+    for modulus in itertools.product(range(p), repeat=k):
+        if k > 1 and not _irreducible(p, k, modulus):
+            continue
+        is_square = squares(modulus)
+        break
+    else:  # pragma: no cover - irreducible polynomials of every degree exist
+        raise AssertionError("no irreducible polynomial found")
+    chi = torch.full((q,), -1, dtype=torch.int8)
+    chi[list(is_square)] = 1
+    chi[0] = 0
+    digits = torch.tensor(elements)
+    weights = torch.tensor([p ** (k - 1 - i) for i in range(k)])
+    difference = (digits[:, None, :] - digits[None, :, :]) % p
+    return chi[(difference * weights).sum(-1)]
+
+
+def _irreducible(p: int, k: int, low: tuple[int, ...]) -> bool:
+    """Whether x^k + low is irreducible over GF(p), by trial division with all lower degrees."""
+    poly = [*low, 1]
+    for degree in range(1, k // 2 + 1):
+        for tail in itertools.product(range(p), repeat=degree):
+            divisor, rest = [*tail, 1], list(poly)
+            for shift in range(k - degree, -1, -1):
+                lead = rest[shift + degree] % p
+                for j, c in enumerate(divisor):
+                    rest[shift + j] = (rest[shift + j] - lead * c) % p
+            if not any(c % p for c in rest[:degree]):
+                return False
+    return True
+
+
+@lru_cache(maxsize=64)
+def paley_matrix(order: int) -> Int8[Tensor, "K K"]:
+    """A Hadamard matrix of ``order`` (entries +-1) by Paley I, Paley II or their Kronecker product.
+
+    I:  H = I + S, S = [[0, 1], [-1, Q]] over GF(order - 1).
+    II: H = C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]], C = [[0, 1], [1, Q]].    [Paley 1933]
+
+    Raises:
+        ConfigError: neither construction gives this order.
+    """
+    kind = _paley_kind(order)
+    if kind is None:
+        split = _kronecker_split(order)
+        if split is None:
+            raise ConfigError(f"no Paley matrix of order {order}; use hadamard_plan({order})")
+        return torch.kron(paley_matrix(split[0]), paley_matrix(split[1]))
+    q = order - 1 if kind == "I" else order // 2 - 1
+    prime_power = _prime_power(q)
+    assert prime_power is not None
+    core = torch.zeros(q + 1, q + 1, dtype=torch.int8)
+    core[0, 1:] = 1
+    core[1:, 0] = -1 if kind == "I" else 1
+    core[1:, 1:] = _field_characters(*prime_power)
+    eye = torch.eye(q + 1, dtype=torch.int8)
+    if kind == "I":
+        return core + eye
+    a = torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)
+    b = torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8)
+    return torch.kron(core, a) + torch.kron(eye, b)
+
+
+@lru_cache(maxsize=256)
+def hadamard_plan(n: int) -> HadamardPlan:
+    """The construction used for width ``n``: Sylvester, Paley (smallest K) or the Hartley fallback.
+
+    >>> hadamard_plan(320)
+    HadamardPlan(n=320, kind='paley', butterfly=16, order=20)
+    """
+    if n < 1:
+        raise ConfigError(f"width {n} cannot be transformed; it must be at least 1")
+    odd, two = n, 1
+    while odd % 2 == 0:
+        odd, two = odd // 2, two * 2
+    if odd == 1:
+        return HadamardPlan(n, "sylvester", n, 1)
+    part = 4
+    while part <= two:
+        order = odd * part
+        if _paley_kind(order) or _kronecker_split(order):
+            return HadamardPlan(n, "paley", two // part, order)
+        part *= 2
+    return HadamardPlan(n, "hartley", 1, n)
+
+
+@lru_cache(maxsize=64)
+def _dense_factor(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return paley_matrix(order).to(device=device, dtype=dtype)
+
+
+def _butterflies(x: Tensor, width: int) -> Tensor:
+    """Unnormalised Walsh-Hadamard transform over axis -2 of (..., width, K)."""
+    shape = x.shape
+    step = 1
+    while step < width:
+        x = x.reshape(*shape[:-2], width // (2 * step), 2, step, shape[-1])
+        low, high = x.select(-3, 0), x.select(-3, 1)
+        x = torch.stack((low + high, low - high), dim=-3)
+        step *= 2
+    return x.reshape(shape)
+
+
+def hadamard_transform(
+    x: Float[Tensor, "*batch n"], *, inverse: bool = False
+) -> Float[Tensor, "*batch n"]:
+    """Theta x over the last axis (Theta^T x with ``inverse``), orthonormal, in O(n log n + n K).
+
+    Half precision is computed in float32 and returned in its own type; gradients flow.
+    """
+    plan = hadamard_plan(x.shape[-1])
+    dtype = x.dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        x = x.float()
+    if plan.kind == "hartley":  # cas transform: symmetric and its own inverse
+        spectrum = torch.fft.fft(x, norm="ortho")
+        return (spectrum.real - spectrum.imag).to(dtype)
+    y = x.reshape(*x.shape[:-1], plan.butterfly, plan.order)
+    if plan.order > 1:
+        factor = _dense_factor(plan.order, x.device, x.dtype)
+        y = y @ (factor if inverse else factor.T)
+    y = _butterflies(y, plan.butterfly)
+    return (y.reshape(x.shape) / math.sqrt(plan.n)).to(dtype)
+
+
+def dense_hadamard(n: int, dtype: torch.dtype = torch.float64) -> Float[Tensor, "n n"]:
+    """Theta as a matrix, for tests and for widths up to a few hundred."""
+    return hadamard_transform(torch.eye(n, dtype=dtype)).T.contiguous()
+
+
+def random_signs(n: int, generator: torch.Generator) -> Int8[Tensor, " n"]:
+    """n fair +-1 signs."""
+    return (torch.randint(0, 2, (n,), generator=generator) * 2 - 1).to(torch.int8)
+
+
+def rotate_rows(
+    x: Float[Tensor, "*batch n"], signs: Int8[Tensor, " n"]
+) -> Float[Tensor, "*batch n"]:
+    """Theta (s * x) for each vector x along the last axis."""
+    return hadamard_transform(x * signs.to(device=x.device, dtype=x.dtype))
+
+
+def unrotate_rows(
+    y: Float[Tensor, "*batch n"], signs: Int8[Tensor, " n"]
+) -> Float[Tensor, "*batch n"]:
+    """s * (Theta^T y): undoes :func:`rotate_rows`."""
+    return hadamard_transform(y, inverse=True) * signs.to(device=y.device, dtype=y.dtype)
+
+
+def rotate_weight(
+    weight: Float[Tensor, "m n"], signs_out: Int8[Tensor, " m"], signs_in: Int8[Tensor, " n"]
+) -> Float[Tensor, "m n"]:
+    """W~ = Theta_m diag(s_out) W diag(s_in) Theta_n^T."""
+    return rotate_rows(rotate_rows(weight, signs_in).T, signs_out).T.contiguous()
+
+
+def unrotate_weight(
+    weight: Float[Tensor, "m n"], signs_out: Int8[Tensor, " m"], signs_in: Int8[Tensor, " n"]
+) -> Float[Tensor, "m n"]:
+    """Inverse of :func:`rotate_weight`."""
+    return unrotate_rows(unrotate_rows(weight, signs_in).T, signs_out).T.contiguous()
+
+
+def rotate_hessian(
+    hessian: Float[Tensor, "n n"], signs_in: Int8[Tensor, " n"]
+) -> Float[Tensor, "n n"]:
+    """H~ = Theta diag(s_in) H diag(s_in) Theta^T."""
+    return rotate_rows(rotate_rows(hessian, signs_in).T, signs_in).T.contiguous()

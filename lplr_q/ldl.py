@@ -1,0 +1,102 @@
+"""Block LDL factorisation of a Hessian, and its regularisation.   [QuIP# §4.1]
+
+H = M blkdiag(D_1 .. D_B) M^T,   M unit lower block triangular.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from workbench.errors import DataError
+
+
+@dataclass(frozen=True)
+class BlockLDL:
+    """``lower`` is M, ``diagonal[k]`` is D_k, ``bounds[k]`` the columns of block k."""
+
+    lower: Float[Tensor, "n n"]
+    diagonal: list[Tensor]
+    bounds: list[tuple[int, int]]
+
+
+def block_bounds(n: int, block: int) -> list[tuple[int, int]]:
+    """Column ranges of width ``block``; the last one is narrower when block does not divide n.
+
+    >>> block_bounds(10, 4)
+    [(0, 4), (4, 8), (8, 10)]
+    """
+    return [(low, min(low + block, n)) for low in range(0, n, block)]
+
+
+def cholesky(hessian: Float[Tensor, "n n"], *, what: str = "Hessian") -> Float[Tensor, "n n"]:
+    """Lower Cholesky factor in float64.
+
+    Raises:
+        DataError: not positive definite; names the smallest eigenvalue.
+    """
+    matrix = hessian.double()
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info):
+        smallest = float(torch.linalg.eigvalsh(matrix)[0])
+        raise DataError(
+            f"{what} ({matrix.shape[0]} wide) is not positive definite: smallest eigenvalue "
+            f"{smallest:.3g}; raise sigma_reg or use more calibration tokens"
+        )
+    return factor
+
+
+def block_ldl(hessian: Float[Tensor, "n n"], block: int) -> BlockLDL:
+    """H = M blkdiag(D) M^T from the Cholesky factor C: M_:k = C_:k C_kk^-1, D_k = C_kk C_kk^T."""
+    factor = cholesky(hessian)
+    bounds = block_bounds(factor.shape[0], block)
+    lower = torch.zeros_like(factor)
+    diagonal = []
+    for low, high in bounds:
+        corner = factor[low:high, low:high]
+        lower[low:, low:high] = torch.linalg.solve_triangular(
+            corner, factor[low:, low:high], upper=False, left=False
+        )
+        diagonal.append(corner @ corner.T)
+    return BlockLDL(lower, diagonal, bounds)
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raise DataError naming the first non-finite entry and how many there are."""
+    bad = ~torch.isfinite(tensor)
+    if bool(bad.any()):
+        first = tuple(int(i) for i in bad.nonzero()[0])
+        raise DataError(
+            f"{name} has {int(bad.sum())} non-finite entries, the first at {first}; "
+            "check the calibration text and the weights"
+        )
+
+
+def regularise(
+    hessian: Float[Tensor, "n n"], *, sigma: float = 1e-2, name: str = "Hessian"
+) -> Float[Tensor, "n n"]:
+    """H / mean(diag H) + sigma I, symmetric, dead channels (H_jj = 0) set to 1; float64.
+
+    Raises:
+        DataError: not square, non-finite, negative diagonal, or asymmetric by more than 1e-2.
+    """
+    if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1] or hessian.shape[0] < 1:
+        raise DataError(f"{name} has shape {tuple(hessian.shape)}; expected a square matrix")
+    require_finite(name, hessian)
+    h = hessian.double()
+    asymmetry = float((h - h.T).norm() / h.norm().clamp_min(1e-300))
+    if asymmetry > 1e-2:
+        raise DataError(f"{name} is not symmetric: |H - H^T| / |H| = {asymmetry:.3g}")
+    h = (h + h.T) / 2
+    diagonal = h.diagonal()
+    if float(diagonal.min()) < 0:
+        raise DataError(f"{name} has a negative diagonal entry at {int(diagonal.argmin())}")
+    dead = diagonal == 0
+    mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
+    h = h / mean
+    h.diagonal()[dead] = 1.0
+    h.diagonal().add_(sigma)
+    return h

@@ -1,0 +1,182 @@
+"""LDLQ: rounding with linear feedback, lazily batched, and guarded refinement.   [QuIP# §4; GPTQ §3.3]
+
+With H = M D M^T and E = W - Q, blocks are rounded from the last to the first:
+
+    Q_k = q( W_k + sum_{j>k} E_j M_jk )                                        (2)
+
+The loss tr(E H E^T) then equals the sum of tr(eta_k D_k eta_k^T) with eta_k the local rounding error. With blocks of one
+column and reversed order this is GPTQ.
+
+Everything works on rows at once; the rounding is given as an object with ``bounds`` (columns of each
+block) and ``quantise(target, k) -> (codes, points)``.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from lplr_q.codebooks.base import Codebook, make_codebook
+from lplr_q.ldl import block_bounds
+
+
+class BlockQuantiser(Protocol):
+    """Rounds one block of columns of all rows."""
+
+    bounds: list[tuple[int, int]]
+
+    def quantise(
+        self, target: Float[Tensor, "m b"], block: int
+    ) -> tuple[Int64[Tensor, "m s"], Float[Tensor, "m b"]]:
+        """Codes and points for block number ``block``."""
+        ...
+
+
+class CodebookBlocks:
+    """A codebook over the columns of a unit-rms matrix, with a scalar tail when dim does not divide n.
+
+    ``scale`` is what the codebook's points are divided by: points / scale approximate unit-rms input.
+    """
+
+    def __init__(self, codebook: Codebook, n: int, *, multiplier: float = 1.0) -> None:
+        self.codebook, self.n = codebook, n
+        self.scale = codebook.opt_scale * multiplier
+        self.bounds = block_bounds(n, codebook.dim)
+        self.tail = n % codebook.dim
+        self.tail_codebook = make_codebook("lloyd-max", int(codebook.bits)) if self.tail else None
+
+    def quantise(
+        self, target: Float[Tensor, "m b"], block: int
+    ) -> tuple[Int64[Tensor, "m s"], Float[Tensor, "m b"]]:
+        """Codes and points (in unit-rms units) of one block."""
+        if self.tail_codebook is not None and block == len(self.bounds) - 1:
+            codes = self.tail_codebook.encode(target[..., None])[..., 0]
+            points = self.tail_codebook.decode(codes[..., None])[..., 0]
+            return codes, points.to(target.dtype)
+        codes = self.codebook.encode(target * self.scale)
+        return codes, self.codebook.decode(codes).to(target.dtype) / self.scale
+
+    def decode(self, codes: list[Tensor]) -> Float[Tensor, "m n"]:
+        """The matrix of all blocks' codes, in unit-rms units, float32."""
+        whole = codes[:-1] if self.tail else codes
+        return self.decode_packed(
+            torch.stack(whole, dim=1) if whole else None, codes[-1] if self.tail else None
+        )
+
+    def decode_packed(
+        self, whole: Int64[Tensor, "m blocks s"] | None, tail: Int64[Tensor, "m t"] | None
+    ) -> Float[Tensor, "m n"]:
+        """The matrix from the codes of the whole blocks and of the scalar tail."""
+        parts = []
+        if whole is not None:
+            parts.append(self.codebook.decode(whole).flatten(1) / self.scale)
+        if tail is not None and self.tail_codebook is not None:
+            parts.append(self.tail_codebook.decode(tail[..., None])[..., 0])
+        return torch.cat(parts, dim=1)
+
+
+def ldlq(
+    weight: Float[Tensor, "m n"],
+    lower: Float[Tensor, "n n"],
+    blocks: BlockQuantiser,
+    *,
+    buffer: int = 128,
+) -> tuple[list[Tensor], Float[Tensor, "m n"]]:
+    """Codes per block and Q by equation (2), with the feedback applied one buffer of columns at a time.
+
+    Inside a buffer only its own columns are corrected; afterwards one product carries the buffer's error to
+    the columns not yet visited. The result does not depend on ``buffer``.
+    """
+    m, n = weight.shape
+    lower = lower.to(weight.dtype)
+    error = torch.zeros_like(weight)
+    carried = torch.zeros_like(weight)
+    points = torch.empty_like(weight)
+    codes: list[Tensor] = [torch.empty(0)] * len(blocks.bounds)
+    block = len(blocks.bounds) - 1
+    while block >= 0:
+        end = blocks.bounds[block][1]
+        first = block
+        while first > 0 and end - blocks.bounds[first - 1][0] <= buffer:
+            first -= 1
+        for k in range(block, first - 1, -1):
+            low, high = blocks.bounds[k]
+            target = weight[:, low:high] + carried[:, low:high]
+            if high < end:
+                target = target + error[:, high:end] @ lower[high:end, low:high]
+            codes[k], points[:, low:high] = blocks.quantise(target, k)
+            error[:, low:high] = weight[:, low:high] - points[:, low:high]
+        start = blocks.bounds[first][0]
+        if start:
+            carried[:, :start] += error[:, start:end] @ lower[start:end, :start]
+        block = first - 1
+    return codes, points
+
+
+def reference_ldlq(
+    weight: Float[Tensor, "m n"], lower: Float[Tensor, "n n"], blocks: BlockQuantiser
+) -> tuple[list[Tensor], Float[Tensor, "m n"]]:
+    """Equation (2) as written, one full-width product per block."""
+    lower = lower.to(weight.dtype)
+    strict = lower.clone()
+    for low, high in blocks.bounds:
+        strict[low:high, low:high] = 0
+    points = weight.clone()  # unvisited columns have error 0
+    codes: list[Tensor] = [torch.empty(0)] * len(blocks.bounds)
+    for k in range(len(blocks.bounds) - 1, -1, -1):
+        low, high = blocks.bounds[k]
+        target = weight[:, low:high] + ((weight - points) @ strict)[:, low:high]
+        codes[k], points[:, low:high] = blocks.quantise(target, k)
+    return codes, points
+
+
+def guarded_sweep(
+    weight: Float[Tensor, "m n"],
+    hessian: Float[Tensor, "n n"],
+    blocks: BlockQuantiser,
+    codes: list[Tensor],
+    points: Float[Tensor, "m n"],
+    *,
+    buffer: int = 128,
+) -> tuple[list[Tensor], Float[Tensor, "m n"]]:
+    """One pass of coordinate descent over blocks; tr(E H E^T) never rises.
+
+    Each block aims at Q_k + (W - Q) H_:k H_kk^-1 and is rounded again; a row takes its new points only if
+    delta H_kk delta^T - 2 (E H)_k delta^T < 0, because nearest in the Euclidean sense need not be nearest under H_kk.
+    """
+    hessian = hessian.to(weight.dtype)
+    codes, points = list(codes), points.clone()
+    error = weight - points
+    block = len(blocks.bounds) - 1
+    while block >= 0:
+        end = blocks.bounds[block][1]
+        first = block
+        while first > 0 and end - blocks.bounds[first - 1][0] <= buffer:
+            first -= 1
+        start = blocks.bounds[first][0]
+        gradient = error @ hessian[:, start:end]  # E H for this buffer's columns
+        for k in range(block, first - 1, -1):
+            low, high = blocks.bounds[k]
+            corner = hessian[low:high, low:high]
+            g = gradient[:, low - start : high - start]
+            step = torch.linalg.solve(corner, g.T).T
+            new_codes, new_points = blocks.quantise(points[:, low:high] + step, k)
+            delta = new_points - points[:, low:high]
+            change = ((delta @ corner - 2 * g) * delta).sum(1)
+            accept = change < 0
+            delta = delta * accept[:, None]
+            shape = (-1,) + (1,) * (codes[k].ndim - 1)
+            codes[k] = torch.where(accept.view(shape), new_codes, codes[k])
+            points[:, low:high] = torch.where(accept[:, None], new_points, points[:, low:high])
+            error[:, low:high] = weight[:, low:high] - points[:, low:high]
+            gradient = gradient - delta @ hessian[low:high, start:end]
+        block = first - 1
+    return codes, points
+
+
+def weighted_loss(error: Float[Tensor, "m n"], hessian: Float[Tensor, "n n"]) -> float:
+    """tr(E H E^T), accumulated in float64 at the end, never forming the m x m product."""
+    return float(((error @ hessian.to(error.dtype)) * error).sum(dtype=torch.float64))

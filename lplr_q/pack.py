@@ -1,0 +1,77 @@
+"""Codes of 1 to 16 bits packed without gaps into bytes, little-endian.
+
+Code i occupies bits i*b .. i*b + b - 1 of the byte string; the last byte is padded with zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from workbench.errors import ConfigError, DataError
+
+
+def packed_size(count: int, bits: int) -> int:
+    """Bytes that ``count`` codes of ``bits`` bits take.
+
+    >>> packed_size(3, 3)
+    2
+    """
+    return (count * bits + 7) // 8
+
+
+def pack_bits(codes: Int64[Tensor, "*shape"], bits: int) -> UInt8[Tensor, " bytes"]:
+    """Pack codes in row-major order.
+
+    Raises:
+        ConfigError: bits not in 1..16.
+        DataError: a code outside 0..2^bits - 1.
+    """
+    _check_bits(bits)
+    flat = codes.reshape(-1).long()
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << bits):
+        raise DataError(f"codes span {int(flat.min())}..{int(flat.max())}, not {bits} bits")
+    places = torch.arange(bits, device=flat.device)
+    stream = ((flat[:, None] >> places) & 1).reshape(-1)
+    padded = torch.zeros(8 * packed_size(flat.numel(), bits), dtype=torch.long, device=flat.device)
+    padded[: stream.numel()] = stream
+    weights = 2 ** torch.arange(8, device=flat.device)
+    return (padded.reshape(-1, 8) * weights).sum(1).to(torch.uint8)
+
+
+def unpack_bits(packed: UInt8[Tensor, " bytes"], bits: int, count: int) -> Int64[Tensor, " count"]:
+    """The first ``count`` codes.
+
+    Raises:
+        DataError: fewer bytes than that many codes need.
+    """
+    _check_bits(bits)
+    if packed.numel() != packed_size(count, bits):
+        raise DataError(
+            f"{packed.numel()} bytes hold no {count} codes of {bits} bits "
+            f"({packed_size(count, bits)} bytes expected); the file is damaged or of another shape"
+        )
+    if bits == 8:
+        return packed.long()
+    spare = torch.zeros(3, dtype=torch.long, device=packed.device)
+    window = torch.cat([packed.long(), spare])
+    start = torch.arange(count, device=packed.device) * bits
+    byte = start >> 3
+    value = window[byte] | (window[byte + 1] << 8) | (window[byte + 2] << 16)
+    return (value >> (start & 7)) & ((1 << bits) - 1)
+
+
+def pack_signs(signs: Tensor) -> UInt8[Tensor, " bytes"]:
+    """+-1 as one bit each, 1 = negative."""
+    return pack_bits((signs < 0).long(), 1)
+
+
+def unpack_signs(packed: UInt8[Tensor, " bytes"], count: int) -> Tensor:
+    """Inverse of :func:`pack_signs`, int8."""
+    return (1 - 2 * unpack_bits(packed, 1, count)).to(torch.int8)
+
+
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 16:
+        raise ConfigError(f"codes of {bits} bits cannot be packed; use 1 to 16")

@@ -1,0 +1,87 @@
+"""Tables and figures of a compression run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+METHOD_NAMES = {"16-bit": "16 bit", "rtn": "RTN", "gptq": "GPTQ", "lplr-ldlq": "LPLR-LDLQ"}
+
+
+def short_source(source: str) -> str:
+    """A text's name as shown in tables."""
+    return {"microworld:doc": "documents", "stdlib": "library text"}.get(source, source)
+
+
+def perplexity_figure(rows: Sequence[dict[str, Any]]) -> Any:
+    """Perplexity against true bits per weight, one panel per text, log y, 16 bit as a dotted line."""
+    from workbench.plots import line_plot, new_figure
+
+    sources = list(dict.fromkeys(r["text"] for r in rows))
+    figure, axes = new_figure(4.6 * len(sources), 3.8, columns=len(sources))
+    panels = [axes] if len(sources) == 1 else list(axes)
+    for panel, source in zip(panels, sources, strict=True):
+        mine = [r for r in rows if r["text"] == source]
+        base = next(r for r in mine if r["method"] == METHOD_NAMES["16-bit"])
+        line_plot(
+            panel,
+            [r for r in mine if r is not base],
+            x="true_bits",
+            y="perplexity",
+            low="perplexity_low",
+            high="perplexity_high",
+            series="method",
+            xlabel="bits per weight, all overheads counted",
+            ylabel="perplexity (log)",
+            title=source,
+            log="y",
+            reference={f"16 bit: {base['perplexity']:.2f}": base["perplexity"]},
+        )
+    return figure
+
+
+def perplexity_alt(rows: Sequence[dict[str, Any]]) -> str:
+    """The figure in words: every point."""
+    parts = [
+        f"{r['text']}, {r['method']} at {r['true_bits']:.2f} bits: {r['perplexity']:.3g}"
+        for r in rows
+    ]
+    return "Perplexity against bits per weight. " + "; ".join(parts)
+
+
+def error_figure(rows: Sequence[dict[str, Any]]) -> Any:
+    """Relative activation-aware error per sublayer type and budget (median over blocks)."""
+    from statistics import median
+
+    from workbench.plots import bar_plot, new_figure
+
+    kinds = list(dict.fromkeys(r["kind"] for r in rows))
+    budgets = list(dict.fromkeys(r["bits"] for r in rows))
+    drawn = [
+        {
+            "sublayer": kind,
+            "budget": f"{bits:g} bits",
+            "error": median(r["error"] for r in rows if r["kind"] == kind and r["bits"] == bits),
+        }
+        for bits in budgets
+        for kind in kinds
+    ]
+    figure, axes = new_figure(7.0, 3.6)
+    bar_plot(
+        axes,
+        drawn,
+        x="sublayer",
+        y="error",
+        series="budget",
+        ylabel="relative activation-aware error e",
+        title="Error by kind of layer (median over blocks)",
+    )
+    return figure, drawn
+
+
+def headline(rows: Sequence[dict[str, Any]], bits: float) -> str:
+    """One sentence: ratio to 16 bit of each method at one budget, on the first text."""
+    first = rows[0]["text"]
+    at = [r for r in rows if r["text"] == first and r["bits"] == bits]
+    parts = [f"{r['method']} {r['ratio']:.3f} ({r['true_bits']:.2f} bits)" for r in at]
+    return f"Perplexity over 16-bit perplexity on {first} at {bits:g} bits: " + ", ".join(parts)
