@@ -179,7 +179,7 @@ def perplexity_from_nats(nats: np.ndarray, kept: np.ndarray | None = None) -> Pe
 
 
 def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+    return math.inf if value > 700 else math.exp(value)
 
 
 def bits_per_byte(

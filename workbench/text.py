@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MAX_LINE_BYTES = 8 * 2**20
 MAX_FILE_BYTES = 2**30
 MAX_RATIO = 200
-"""A gzip file that unpacks to more than this many times its size is taken for a bomb."""
+"""A gzip file that unpacks to more than this many times its size is refused (text: 3 to 20)."""
 FREE_BYTES = 4 * 2**20
 """A gzip file may unpack to so much whatever its size."""
 SHOWN_ERRORS = 5
@@ -65,6 +65,9 @@ def _chunks(path: Path) -> Iterator[bytes]:
     size = path.stat().st_size
     with open(path, "rb") as probe:
         packed = probe.read(2) == b"\x1f\x8b"
+        if packed and size > 18:  # the last four bytes announce the unpacked size
+            probe.seek(-4, os.SEEK_END)
+            _refuse_bomb(path, size, int.from_bytes(probe.read(4), "little"))
     total = 0
     opener = gzip.open if packed else open
     try:
@@ -75,11 +78,8 @@ def _chunks(path: Path) -> Iterator[bytes]:
                     raise DataError(
                         f"{path}: more than {MAX_FILE_BYTES} bytes unpacked; split it into parts"
                     )
-                if packed and total > FREE_BYTES and total > MAX_RATIO * size:
-                    raise DataError(
-                        f"{path}: {size} bytes unpack to more than {MAX_RATIO} times as many; "
-                        "refused as a gzip bomb"
-                    )
+                if packed:  # what was announced need not be true
+                    _refuse_bomb(path, size, total)
                 yield piece
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
@@ -88,6 +88,14 @@ def _chunks(path: Path) -> Iterator[bytes]:
         ) from None
     except PermissionError:
         raise DataError(f"{path}: no permission to read it") from None
+
+
+def _refuse_bomb(path: Path, size: int, unpacked: int) -> None:
+    if unpacked > FREE_BYTES and unpacked > MAX_RATIO * size:
+        raise DataError(
+            f"{path}: {size} bytes unpack to more than {MAX_RATIO} times as many; cut, damaged "
+            "or a gzip bomb; refused"
+        )
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -108,12 +108,16 @@ def test_gzip_is_read_a_cut_one_refused_and_a_bomb_stopped(tmp_path):
     packed = gzip.compress("\n".join(json.dumps(r) for r in rows).encode())
     assert read_jsonl(write(tmp_path / "d.jsonl.gz", packed), REQUIRED) == rows
     for size in (len(packed) // 2, len(packed) - 3, 12):
-        with pytest.raises(DataError, match="cut or damaged"):
+        with pytest.raises(DataError, match="cut"):
             read_jsonl(write(tmp_path / "c.jsonl.gz", packed[:size]), REQUIRED)
     for unit in (b"\0", b"\n", b'{"id": "a", "label": 1}\n'):
         bomb = gzip.compress(unit * (40 * 2**20 // len(unit)))
-        with pytest.raises(DataError, match=r"bomb|longer|twice|NUL"):
+        with pytest.raises(DataError, match="bomb"):
             read_jsonl(write(tmp_path / "b.jsonl.gz", bomb), REQUIRED)
+        lying = bomb[:-4] + b"\1\0\0\0"  # announces one byte
+        if unit == b"\0":
+            with pytest.raises(DataError, match="bomb"):
+                read_jsonl(write(tmp_path / "b.jsonl.gz", lying), REQUIRED)
 
 
 def test_a_line_without_end_is_bounded_in_memory(tmp_path):
