@@ -64,9 +64,6 @@ class Experiment:
         members(self)
 
 
-EXPERIMENT = Experiment()  # edit me
-
-
 def members(experiment: Experiment) -> list[train.Experiment]:
     """The training runs of a comparison, task by task and stack by stack."""
     shared = ("dim", "batch_size", "epochs", "lr", "num_test_examples", "evaluate_every")
@@ -90,6 +87,9 @@ def members(experiment: Experiment) -> list[train.Experiment]:
             given = settings | {"layers": stack.split()}
             runs.append(apply_settings(base, given, f"task {text!r}"))
     return runs
+
+
+EXPERIMENT = Experiment()  # edit me
 
 
 def main(experiment: Experiment) -> dict[str, Any]:
