@@ -23,11 +23,11 @@ def speed_figure(
 ) -> tuple[Any, list[Row]]:
     """Agreement against speed-up in three accountings, and the rows behind it.
 
-    Lines: the simulated threshold curve (exact state). Filled marks: real decoding.
+    Lines: the simulated threshold curve (exact state). Filled marks: real decoding. Points far
+    below the decoded ones are left out of the picture and kept in the rows.
     """
     figure, axes = new_figure(9.6, 4.0, 1, 3, share_y=True)
     rows: list[Row] = []
-    lowest = 1.0
     for panel, (key, label) in zip(axes, ACCOUNTINGS, strict=True):
         simulated = {"blocks": "speedup_blocks", "arithmetic": "speedup_arithmetic_propagate"}
         if key in simulated:
@@ -43,7 +43,6 @@ def speed_figure(
                 alpha=0.18,
                 linewidth=0,
             )
-            lowest = min(lowest, float(y.min()))
             rows += [_point(key, "gate, simulated", a, r) for a, r in zip(x, curve, strict=True)]
         if key == "blocks":
             for kind, colour, marker in (
@@ -55,7 +54,6 @@ def speed_figure(
                 names = {"fixed": "one exit for all", "pruned": "layers pruned", "oracle": "oracle"}
                 _marks(panel, chosen, "speedup_blocks", colour, marker, names[kind])
                 rows += [_point(key, r["method"], r["speedup_blocks"], r) for r in chosen]
-                lowest = min([lowest, *(row["agreement"] for row in chosen)])
         policies = list(dict.fromkeys(row["policy"] for row in measured))
         for number, policy in enumerate(policies):
             chosen = [row for row in measured if row["policy"] == policy]
@@ -67,7 +65,11 @@ def speed_figure(
         panel.set_title(label, loc="left", fontsize=10)
         panel.set_xlabel("speed-up ×")
     axes[0].set_ylabel("agreement with the full model")
-    axes[0].set_ylim(max(0.0, lowest - 0.03), 1.005)
+    bottom = max(0.0, min(row.get("low", row["agreement"]) for row in measured) - 0.1)
+    axes[0].set_ylim(bottom, 1.0 + 0.03 * (1 - bottom))
+    for panel, (key, _) in zip(axes, ACCOUNTINGS, strict=True):
+        inside = [r["speedup"] for r in rows if r["panel"] == key and r["agreement"] >= bottom]
+        panel.set_xlim(min(0.98, *inside) - 0.02, max(inside) * 1.04)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
     if title:

@@ -412,8 +412,8 @@ def publish(
         "heat_map",
         token_heat_map(pieces, layers, material.adapter.n_layers),
         rows,
-        caption=f"{name} continuing a test document (λ for {target:g}× in blocks): the colour is "
-        f"the block after which each of {len(pieces)} tokens left.",
+        caption=f"A test document read by {name} (λ for {target:g}× in blocks): the colour is the "
+        f"block after which the prediction of each of {len(pieces)} tokens left.",
         alt=f"mean depth {sum(layers) / len(layers) + 1:.2f} of {material.adapter.n_layers} blocks",
     )
     return run.finish(
@@ -467,7 +467,7 @@ def _sentence(tables: dict[str, list[dict[str, Any]]], experiment: Experiment, n
 def _one_text(
     experiment: Experiment, material: Material, threshold: float
 ) -> tuple[list[str], list[int], list[dict[str, Any]]]:
-    """A test document continued with exits: pieces, exit layers, rows of the figure."""
+    """A test document read with exits: its tokens, where each was predicted, and the rows."""
     import torch
 
     from early_exit.decode import choose_documents
@@ -482,17 +482,18 @@ def _one_text(
     )
     span = min(len(ids) - prompt - 1, 2 * new)
     done = engine.decode(torch.tensor(ids[:prompt]), span + 1, forced=ids[prompt : prompt + span])
-    pieces = [material.tokenizer.decode([t]) for t in done.tokens]
+    emitted, layers = done.tokens[:span], done.exit_layers[:span]
+    pieces = [material.tokenizer.decode([t]) for t in ids[prompt : prompt + span]]
     rows = [
         {
             "token": i,
-            "emitted": piece,
-            "text": material.tokenizer.decode([ids[prompt + i]]) if i < span else "",
-            "exit_layer": layer,
+            "text": pieces[i],
+            "emitted": material.tokenizer.decode([emitted[i]]),
+            "exit_layer": layers[i],
         }
-        for i, (piece, layer) in enumerate(zip(pieces, done.exit_layers, strict=True))
+        for i in range(span)
     ]
-    return pieces, done.exit_layers, rows
+    return pieces, layers, rows
 
 
 if __name__ == "__main__":
