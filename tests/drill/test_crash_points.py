@@ -7,7 +7,6 @@ events "open for writing", rename, remove, mkdir, rmdir, fsync and on the native
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import shutil
 import sys
@@ -16,18 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.drill import drill_job as job
 from workbench import run as record
 from workbench import storage
 from workbench.errors import USER_ERRORS
 from workbench.run import RunOptions
-
-HERE = Path(__file__).parent
-spec = importlib.util.spec_from_file_location("drill_job", HERE / "drill_job.py")
-assert spec is not None
-assert spec.loader is not None
-job = importlib.util.module_from_spec(spec)
-sys.modules["drill_job"] = job
-spec.loader.exec_module(job)
 
 WRITING = os.O_WRONLY | os.O_RDWR
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}

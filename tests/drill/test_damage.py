@@ -5,7 +5,6 @@ Rows 11, 12, 13 and 14 of the fault table.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import signal
@@ -18,17 +17,12 @@ import numpy as np
 import pytest
 
 from tests.conftest import child_environment
+from tests.drill import drill_job as job
 from workbench import storage
 from workbench.errors import CheckpointError, ConfigError, Interrupted
 from workbench.run import Run, RunOptions
 
 HERE = Path(__file__).parent
-spec = importlib.util.spec_from_file_location("drill_job", HERE / "drill_job.py")
-assert spec is not None
-assert spec.loader is not None
-job = importlib.util.module_from_spec(spec)
-sys.modules["drill_job"] = job
-spec.loader.exec_module(job)
 
 
 def experiment(folder: Path, **changes):
