@@ -32,9 +32,9 @@ GRID = "#d9dce3"
 """Grid lines."""
 PAPER = "#ffffff"
 """Background."""
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#7a5cc8", "#6b7280")
-"""Series colours, after Okabe & Ito 2008, each with contrast of at least 3:1 on white and on the
-report's dark background; distinguishable under the three dichromacies (tested)."""
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8787ff", "#696978", "#965a3c")
+"""Series colours: four of Okabe & Ito 2008 and three more. Each has a contrast of at least 3:1 on
+white and on the report's dark ground, and any two differ by CIEDE2000 ≥ 10 in each dichromacy."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 """Series markers, in the order of `PALETTE`."""
 DASHES: tuple[Any, ...] = (
@@ -187,11 +187,11 @@ def line_plot(
         axes.axhline(value, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
         axes.annotate(
             name,
-            (1.0, value),
+            (0.0, value),
             xycoords=("axes fraction", "data"),
-            xytext=(-2, 2),
+            xytext=(4, 2),
             textcoords="offset points",
-            ha="right",
+            ha="left",
             va="bottom",
             fontsize=TEXT_POINTS - 1,
             color=INK,

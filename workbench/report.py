@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape, quoteattr
 
@@ -34,6 +34,10 @@ MAX_ROWS = 40
 MAX_SVG_BYTES = 350_000
 """A larger drawing is embedded as its PNG."""
 MAX_PNG_BYTES = 2_000_000
+BESIDE_COLUMNS, BESIDE_ROWS = 5, 14
+"""Size up to which the first table stands beside a single figure."""
+WIDE = 2.1
+"""Width over height from which a figure takes the whole width of the page."""
 SEARCH_DEPTH = 4
 HEADLINES = 3
 """The first so many numbers of a run's results stand on its card."""
@@ -64,6 +68,8 @@ class Figure:
     alt: str
     markup: str
     table: Table | None
+    wide: bool
+    """Much wider than high: takes the whole width of the page."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,8 @@ class Section:
     hardware: str
     commit: str
     folder: str
+    beside: bool
+    """One figure and a narrow table: shown side by side where there is room."""
     environment: dict[str, Any] = field(default_factory=dict)
 
 
@@ -143,6 +151,11 @@ def read_section(folder: Path, number: int) -> Section:
         for key, value in record["values"].items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and "seconds" not in key
     ][:HEADLINES]
+    figures = [_figure(folder, f"r{number}f{i}", f) for i, f in _entries(record, "figures")]
+    tables = [
+        read_table(_inside(folder, "tables", f, ".csv"), str(f.get("caption", "")))
+        for _, f in _entries(record, "tables")
+    ]
     return Section(
         anchor=f"run-{number}",
         package=str(record.get("package", "")),
@@ -151,11 +164,13 @@ def read_section(folder: Path, number: int) -> Section:
         question=str(record.get("question", "")),
         summary=str(record.get("summary", "")),
         headlines=headlines,
-        figures=[_figure(folder, f"r{number}f{i}", f) for i, f in _entries(record, "figures")],
-        tables=[
-            read_table(_inside(folder, "tables", f, ".csv"), str(f.get("caption", "")))
-            for _, f in _entries(record, "tables")
-        ],
+        figures=figures,
+        tables=tables,
+        beside=len(figures) == 1
+        and not figures[0].wide
+        and bool(tables)
+        and len(tables[0].columns) <= BESIDE_COLUMNS
+        and len(tables[0].rows) <= BESIDE_ROWS,
         values=numbers,
         command=str(record.get("command", "")),
         seconds=float(record.get("seconds") or 0.0),
@@ -220,10 +235,13 @@ def _figure(folder: Path, prefix: str, entry: dict[str, Any]) -> Figure:
     svg = _inside(folder, "figures", entry, ".svg")
     caption, alt = str(entry.get("caption", "")), str(entry.get("alt", ""))
     table = svg.with_suffix(".csv")
+    markup = _markup(svg, prefix, caption, alt)
+    box = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', markup)
     return Figure(
         caption=caption,
         alt=alt,
-        markup=_markup(svg, prefix, caption, alt),
+        markup=markup,
+        wide=bool(box and float(box[1]) > WIDE * float(box[2])),
         table=read_table(table, f"The numbers behind the figure: {caption}")
         if table.is_file()
         else None,
@@ -327,11 +345,14 @@ def render(
     *,
     title: str = "Fivefold",
     introduction: str = "",
+    order: Literal["time", "given"] = "time",
 ) -> str:
-    """The HTML page for the given run folders."""
+    """The HTML page for the given run folders, in the order they were begun or were given in."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     sections = [read_section(folder, number) for number, folder in enumerate(finished, 1)]
+    if order == "time":
+        sections.sort(key=lambda section: str(section.environment.get("started", "")))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -376,6 +397,8 @@ class Experiment:
     """Heading of the page."""
     introduction: Annotated[str, tyro.conf.arg(aliases=["--intro"])] = ""
     """A paragraph under the heading."""
+    order: Literal["time", "given"] = "time"
+    """Order of the runs: as they were begun, or as given."""
     traceback: bool = False
     """Show the full traceback of an error."""
 
@@ -391,7 +414,11 @@ def main(experiment: Experiment) -> dict[str, Any]:
     given = [path for path in experiment.runs if path.absolute() != page]
     finished, unfinished = find_runs(given)
     html = render(
-        finished, unfinished, title=experiment.title, introduction=experiment.introduction
+        finished,
+        unfinished,
+        title=experiment.title,
+        introduction=experiment.introduction,
+        order=experiment.order,
     )
     storage.write_text(page, html)
     return {
