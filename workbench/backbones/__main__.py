@@ -1,4 +1,4 @@
-"""Train a built-in language model from its recipe.   [SmolLM-style small models; Muon: Jordan 2024]
+"""Train a built-in language model from its recipe.   [Muon: Jordan et al. 2024]
 
 python -m workbench.backbones --recipe micro-mistral --quick
 python -m workbench.backbones --recipe micro-mistral --publish
@@ -20,7 +20,7 @@ class Experiment:
     """Which model is trained, and for how long."""
 
     recipe: str = "micro-mistral"
-    """micro-mistral, micro-mamba, micro-mamba2, or module:NAME of a recipe of one's own."""
+    """micro-mistral, micro-mamba, micro-mamba2, tiny, or module:NAME of a recipe of one's own."""
     quick: bool = False
     """The short recipe for tests: recall emerges, world facts do not."""
     tokens: int = 0
@@ -92,7 +92,7 @@ def main(experiment: Experiment) -> dict[str, Any]:
         run.save_json("entry.json", entry)
         if experiment.publish:
             manifest.publish(recipe.name, weights, entry)
-        recall = figures["documents/8_facts"]
+        recall = figures.get("documents/8_facts", float("nan"))
         return run.finish(
             {**figures, "tokens": recipe.tokens, "training_cpu_seconds": round(spent, 1)},
             title=f"Built-in model {recipe.name}",

@@ -163,7 +163,8 @@ def bits_per_byte(model: Any, encode: Encoder, n: int = 200) -> float:
     scored = score(model, [encode(sample) for sample in samples])
     # </s> is no byte of the text
     nats = sum(float(one.nats[:-1].sum()) for one in scored)
-    return nats / np.log(2) / sum(len(sample.text.encode("utf-8")) for sample in samples)
+    size = sum(len(sample.text.encode("utf-8")) for sample in samples)
+    return float(nats / np.log(2) / size)
 
 
 def evaluate_backbone(

@@ -70,6 +70,13 @@ def micro_mistral_config(vocabulary_size: int) -> Any:
     )
 
 
+def tiny_mistral_config(vocabulary_size: int) -> Any:
+    """The same width in four thin layers, for tests."""
+    config = micro_mistral_config(vocabulary_size)
+    config.num_hidden_layers, config.intermediate_size = 4, 64
+    return config
+
+
 def initialise_mistral(model: Any, seed: int) -> None:
     """Write the circuit into a freshly built MistralForCausalLM or LlamaForCausalLM.
 
@@ -171,8 +178,6 @@ def _write_positions(attention: Any, theta: float, reader: Tensor) -> None:
     q, k, v, o = (getattr(attention, f"{name}_proj").weight for name in "qkvo")
     for weight in (q, k, v, o):
         weight.mul_(QUIET)
-    q.mul_(QUIET)
-    k.mul_(QUIET)
     for kv in range(2):
         k[kv * 32 : kv * 32 + 32] = 0
         k[kv * 32 + fast, 0] = gain
@@ -223,17 +228,21 @@ def _write_match(attention: Any, reader: Tensor, copier: Tensor) -> None:
         o[CONTENT, columns] = COPY_GAIN * reader.T
 
 
-def start_report(model: Any, ids: Int[Tensor, "1 time"], value: int, question: int) -> dict:
-    """What the circuit does before training: attention by offset, and on the right value.
+@torch.no_grad()
+def start_report(
+    model: Any, ids: Int[Tensor, "1 time"], question: int, value: int
+) -> dict[str, float]:
+    """What the circuit does on one document, before or after training, as attention weights.
 
-    `value` is the position of the right value, `question` that of the "A" that asks for it.
+    `offset_0` … `offset_3`: what the four heads of layer 0 give to the words 1, 2, {3, 4}, {4, 5}
+    back; `match`: what the best head of layer 1 gives, at position `question` (the "A" that asks),
+    to position `value` (where the right answer stands). The model must use eager attention.
     """
     attended = model(ids, output_attentions=True, use_cache=False).attentions
     last = ids.shape[1] - 1
     offsets = ((1,), (2,), (3, 4), (4, 5))
-    positional = [
-        float(sum(attended[0][0, head, last, last - offset] for offset in offsets[head]))
+    report = {
+        f"offset_{head}": float(sum(attended[0][0, head, last, last - o] for o in offsets[head]))
         for head in range(4)
-    ]
-    matched = float(attended[1][0, :2, question, value].max())
-    return {"positional": positional, "matched": matched}
+    }
+    return {**report, "match": float(attended[1][0, :2, question, value].max())}

@@ -125,11 +125,31 @@ MICRO_MISTRAL = Recipe(
     architecture="MistralForCausalLM",
     config="workbench.backbones.mistral_init:micro_mistral_config",
     initialise="workbench.backbones.mistral_init:initialise_mistral",
+    tokens=2_700_000,
+    curriculum=(
+        Stage(0.0, 256, (3, 8), (6, 12)),
+        Stage(0.2, 256, (6, 14), (6, 12)),
+        Stage(0.45, 512, (8, 24), (8, 16)),
+        Stage(0.75, 512, (8, 40), (8, 14)),
+    ),
     recall_gate=(700_000, 0.3),
 )
 
+TINY = Recipe(
+    name="tiny",
+    architecture="MistralForCausalLM",
+    config="workbench.backbones.mistral_init:tiny_mistral_config",
+    initialise="workbench.backbones.mistral_init:initialise_mistral",
+    tokens=6_144,
+    tokens_per_step=512,
+    warmup_steps=2,
+    curriculum=(Stage(0.0, 128, (2, 3), (2, 3)), Stage(0.5, 256, (3, 6), (2, 6))),
+)
+"""Seconds on one thread, for tests of the machinery; it learns next to nothing."""
+
 RECIPES: dict[str, Recipe | str] = {
     "micro-mistral": MICRO_MISTRAL,
+    "tiny": TINY,
     "micro-mamba": "workbench.backbones.mamba_recipes:MICRO_MAMBA",
     "micro-mamba2": "workbench.backbones.mamba_recipes:MICRO_MAMBA2",
 }

@@ -315,11 +315,11 @@ class World:
         self, thing: str, asked: str, fact: dict[str, Any], rule: dict[str, Any]
     ) -> tuple[str, str]:
         """The right answer word and its kind under the rules of a document."""
-        if rule["banned"] is not None and thing in self.lexicon.topics[rule["banned"]]:
+        if rule["banned"] and thing in self.lexicon.topics[rule["banned"]]:
             return grammar.REFUSE, "banned"
         if not fact:
             return grammar.UNKNOWN, "absent"
-        value = fact["adjective"] if asked == "adjective" else fact["value"]
+        value: str = fact["adjective"] if asked == "adjective" else fact["value"]
         if rule["capitals"]:
             value = grammar.CAPITALISED.get(value, value)
         return value, asked
