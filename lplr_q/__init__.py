@@ -1,6 +1,7 @@
 """W = Q + L R in few bits: activation-aware low-rank plus quantised weight compression.
 
-Importing this package is enough for plain ``AutoModelForCausalLM.from_pretrained`` to read compressed folders.
+Importing this package is enough for plain ``AutoModelForCausalLM.from_pretrained`` to read
+compressed folders.
 """
 
 from lplr_q.registration import register_with_transformers

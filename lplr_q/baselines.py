@@ -1,6 +1,8 @@
-"""Round-to-nearest and GPTQ with group-wise scales: what every table compares with.   [GPTQ, arXiv 2210.17323]
+"""Round-to-nearest and GPTQ with group-wise scales: what every table compares with.
+[GPTQ, arXiv 2210.17323]
 
-Asymmetric min-max grids: scale = (max - min) / (2^b - 1) in float16, integer zero point of b bits, both counted.
+Asymmetric min-max grids: scale = (max - min) / (2^b - 1) in float16, integer zero point of b bits,
+both counted.
 """
 
 from __future__ import annotations
@@ -90,9 +92,9 @@ def gptq(
 ) -> Rounded:
     """Columns in order, each column's error spread over those to its right.   [GPTQ, Algorithm 1]
 
-    With U the upper Cholesky factor of H^-1:  W_:,j+1: -= (w_j - q_j) / U_jj  U_j,j+1:. The grid of a group is fixed from the
-    updated weights when its first column is reached; ``grid_of(block, first_column)`` replaces that rule.
-    ``hessian`` must be regularised.
+    With U the upper Cholesky factor of H^-1:  W_:,j+1: -= (w_j - q_j) / U_jj  U_j,j+1:. The grid
+    of a group is fixed from the updated weights when its first column is reached; ``grid_of(block,
+    first_column)`` replaces that rule. ``hessian`` must be regularised.
     """
     _check(weight, bits, group)
     m, n = weight.shape

@@ -1,6 +1,8 @@
-"""Bits per weight, counted in full: codes, scales, signs, padding to bytes.   [lplr_q README, "Bits"]
+"""Bits per weight, counted in full: codes, scales, signs, padding to bytes.
+[lplr_q README, "Bits"]
 
-bits(W) = codes of Q + r (m + n) B_LR + 32 (scale of Q) + 2 * 16 r (scales of L and R) + m + n (signs)
+bits(W) = codes of Q + r (m + n) B_LR + 32 (scale of Q) + 2 * 16 r (scales of L and R) + m + n
+(signs)
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from lplr_q.codebooks.base import make_codebook
 
 @dataclass(frozen=True)
 class LayerBits:
-    """Bits of one compressed matrix, by what they are spent on; every part is a whole number of bytes."""
+    """Bits of one compressed matrix, by what they are spent on; every part is a whole number of
+    bytes."""
 
     weights: int
     """m n, the number of weights."""
@@ -73,7 +76,8 @@ def rank_for_budget(
     factor_bits: int = 4,
     rotated: bool = True,
 ) -> int:
-    """Largest rank whose total bits per weight stay within ``budget``; -1 when Q alone exceeds it."""
+    """Largest rank whose total bits per weight stay within ``budget``; -1 when Q alone exceeds
+    it."""
     rank = -1
     for candidate in range(min(m, n) + 1):
         bits = layer_bits(
@@ -92,7 +96,8 @@ def rank_for_budget(
 
 
 def group_bits(m: int, n: int, *, bits: int, group: int, symmetric: bool = False) -> float:
-    """Bits per weight of group-wise rounding: codes, a 16-bit scale and a ``bits``-bit zero point per group."""
+    """Bits per weight of group-wise rounding: codes, a 16-bit scale and a ``bits``-bit zero point
+    per group."""
     groups = math.ceil(n / group)
     per_group = 16 + (0 if symmetric else bits)
     return (m * n * bits + m * groups * per_group) / (m * n)

@@ -1,11 +1,13 @@
-"""W ~ Q + L R by alternation, best iterate kept, error measured from the decoded codes.   [CALDERA Alg. 1]
+"""W ~ Q + L R by alternation, best iterate kept, error measured from the decoded codes.
+[CALDERA Alg. 1]
 
     minimise tr( (W - Q - L R) H (W - Q - L R)^T )                                 (1)
 
-Glossary: ``m`` outputs, ``n`` inputs, ``H`` regularised second moment of the inputs, ``e`` relative error
-sqrt( tr(E H E^T) / tr(W H W^T) ).
+Glossary: ``m`` outputs, ``n`` inputs, ``H`` regularised second moment of the inputs, ``e``
+relative error sqrt( tr(E H E^T) / tr(W H W^T) ).
 
-Inside, W is divided by a power of two near its rms (exact) and, with ``rht``, rotated on both sides.
+Inside, W is divided by a power of two near its rms (exact) and, with ``rht``, rotated on both
+sides.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ class Decomposition:
 
 @dataclass(frozen=True)
 class PreparedHessian:
-    """Everything that depends on H alone; shared by sublayers with the same input and by all rounds."""
+    """Everything that depends on H alone; shared by sublayers with the same input and by all
+    rounds."""
 
     matrix: Float[Tensor, "n n"]
     lower: dict[int, Tensor]
@@ -103,7 +106,8 @@ def prepare_hessian(
     sigma: float = 1e-2,
     regularised: bool = False,
 ) -> PreparedHessian:
-    """Regularise, rotate (when a generator for the signs is given) and factor H; None means H = I."""
+    """Regularise, rotate (when a generator for the signs is given) and factor H; None means H =
+    I."""
     if hessian is None:
         matrix = torch.eye(n, dtype=torch.float64)
     elif hessian.shape != (n, n):
@@ -132,7 +136,8 @@ def quantise_q(
     sweeps: int = 2,
     feedback: bool = True,
 ) -> tuple[list[Tensor], float, Float[Tensor, "m n"]]:
-    """The Q step: LDLQ on target / rms, then guarded sweeps until the relative gain is below 1e-4."""
+    """The Q step: LDLQ on target / rms, then guarded sweeps until the relative gain is below
+    1e-4."""
     # the scale is stored as float32; use the stored value from here on
     scale = float(target.square().mean().sqrt().clamp_min(1e-30).float())
     unit = target / scale

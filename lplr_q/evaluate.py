@@ -1,4 +1,5 @@
-"""Perplexity of a model on several texts, and its ratio to the 16-bit model with a paired interval."""
+"""Perplexity of a model on several texts, and its ratio to the 16-bit model with a paired
+interval."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def load_blocks(
     split: str,
     seed: int = 0,
 ) -> TextBlocks:
-    """About ``tokens`` tokens of ``source`` in rows of ``length``; generated documents stay whole."""
+    """About ``tokens`` tokens of ``source`` in rows of ``length``; generated documents stay
+    whole."""
     if tokens < length:
         raise ConfigError(f"{tokens} tokens of {source} asked for; one row already has {length}")
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
@@ -67,7 +69,8 @@ def nats_by_source(
 def perplexity_columns(
     source: TextBlocks, nats: Tensor, reference: Tensor | None = None
 ) -> dict[str, Any]:
-    """Perplexity with its 95 % interval, and (paired over blocks) its ratio to the reference model."""
+    """Perplexity with its 95 % interval, and (paired over blocks) its ratio to the reference
+    model."""
     kept = source.counted[:, 1:].numpy()
     own = perplexity_from_nats(nats.double().numpy(), kept)
     columns: dict[str, Any] = {

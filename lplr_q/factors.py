@@ -2,8 +2,8 @@
 
     L <- q( A H R^T (R H R^T)^-1 )        R <- q( (L^T L)^-1 L^T A )
 
-Each component (column of L, row of R) has its own bfloat16 scale; entries are Lloyd-Max codes. At 16 bits
-the factors are plain bfloat16 without scales.
+Each component (column of L, row of R) has its own bfloat16 scale; entries are Lloyd-Max codes. At
+16 bits the factors are plain bfloat16 without scales.
 """
 
 from __future__ import annotations

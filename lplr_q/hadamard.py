@@ -1,6 +1,7 @@
 """Randomised Hadamard transform of any width: incoherence processing.   [QuIP# §3]
 
-    W~ = Theta_m diag(s_out) W diag(s_in) Theta_n^T        H~ = Theta_n diag(s_in) H diag(s_in) Theta_n^T
+    W~ = Theta_m diag(s_out) W diag(s_in) Theta_n^T        H~ = Theta_n diag(s_in) H diag(s_in)
+    Theta_n^T
 
 leaves tr(W H W^T) unchanged and spreads outliers over all coordinates.
 
@@ -9,7 +10,8 @@ Glossary: ``n`` width, ``K`` order of the dense factor, ``Theta`` orthogonal n x
 Which Theta (recorded in the metadata of every compressed layer):
 
 * ``sylvester``  n = 2^a: fast Walsh-Hadamard butterflies;
-* ``paley``      n = 2^i K with a Paley matrix of order K (type I, type II, or a Kronecker product of
+* ``paley``      n = 2^i K with a Paley matrix of order K (type I, type II, or a Kronecker product
+of
   two of them): butterflies and one K x K product;
 * ``hartley``    every other width: the orthonormal discrete Hartley transform by FFT, whose entries
   are at most sqrt(2/n). It is a stated fallback: nothing is padded.
@@ -136,7 +138,8 @@ def paley_matrix(order: int) -> Int8[Tensor, "K K"]:
     """A Hadamard matrix of ``order`` (entries +-1) by Paley I, Paley II or their Kronecker product.
 
     I:  H = I + S, S = [[0, 1], [-1, Q]] over GF(order - 1).
-    II: H = C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]], C = [[0, 1], [1, Q]].    [Paley 1933]
+    II: H = C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]], C = [[0, 1], [1, Q]].
+    [Paley 1933]
 
     Raises:
         ConfigError: neither construction gives this order.

@@ -2,8 +2,8 @@
 
     H = X X^T / N,   kept as mean mu and centred part: H = Hc + mu mu^T
 
-Products are taken in float32 over at most 4 096 rows and added up in float64, so that the result does not depend on how the
-tokens were cut into batches, and two halves merge to the whole.
+Products are taken in float32 over at most 4 096 rows and added up in float64, so that the result
+does not depend on how the tokens were cut into batches, and two halves merge to the whole.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def linear_names(
     model: nn.Module, *, include: str = ".*", exclude: str | None = None
 ) -> dict[int, list[str]]:
-    """Full names of the linear layers of each decoder block that match ``include`` and not ``exclude``.
+    """Full names of the linear layers of each decoder block that match ``include`` and not
+    ``exclude``.
 
     Raises:
         ConfigError: a pattern that is no regular expression, or nothing matches.
@@ -152,7 +153,7 @@ def linear_names(
     return found
 
 
-# ---------------------------------------------------------------- the pass over the calibration text
+# ---------------------------------------------------------------- the calibration pass
 
 
 @dataclass(frozen=True)
@@ -272,8 +273,9 @@ def collect_hessians(
 ) -> Calibration:
     """Second moments of the inputs of all linear layers in the decoder blocks.
 
-    The text goes through one block at a time, so only one block's sums and the hidden states are held. Layers with the
-    same input share one Hessian. Tokens where ``mask`` is False (padding) are left out.
+    The text goes through one block at a time, so only one block's sums and the hidden states are
+    held. Layers with the same input share one Hessian. Tokens where ``mask`` is False (padding)
+    are left out.
 
     Raises:
         DataError: no tokens, or non-finite activations (names the layer).

@@ -1,4 +1,5 @@
-"""Hugging Face side: a registered ``quantization_config`` and quantiser, and saving of compressed models.
+"""Hugging Face side: a registered ``quantization_config`` and quantiser, and saving of compressed
+models.
 
 After ``import lplr_q`` a folder written by :func:`save_compressed` loads with plain
 ``AutoModelForCausalLM.from_pretrained(folder)``; no base model is needed.
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from lplr_q.layer import LPLRQuantizedLinear, quantised_layers
+from workbench import storage
 from workbench.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -87,12 +89,12 @@ def register() -> None:
                 parameter.requires_grad_(False)
             return model
 
-        def is_serializable(self) -> bool:
+        def is_serializable(self) -> Any:
             """Compressed models can be saved again."""
             return True
 
         @property
-        def is_trainable(self) -> bool:
+        def is_trainable(self) -> Any:
             """The codes do not train."""
             return False
 
@@ -124,7 +126,8 @@ CARD = """---
 library_name: transformers
 tags: [lplr_q]
 ---
-Compressed with lplr_q (W = Q + L R): {bits:.3f} bits per weight in the linear layers of the decoder blocks.
+Compressed with lplr_q (W = Q + L R): {bits:.3f} bits per weight in the linear layers of the
+decoder blocks.
 
 ```python
 import lplr_q  # registers the format
@@ -142,7 +145,8 @@ def save_compressed(
     *,
     notes: dict[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Write config, weights, tokenizer and model card; everything that is not compressed is stored too.
+    """Write config, weights, tokenizer and model card; everything that is not compressed is stored
+    too.
 
     Returns what the file takes: see :func:`storage_report`.
     """
@@ -156,6 +160,8 @@ def save_compressed(
             parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
         model.save_pretrained(folder)
+        for path in folder.glob("*.safetensors"):
+            storage.write_safetensors(path, storage.read_safetensors(path), {"format": "pt"})
     finally:
         for name, parameter in model.named_parameters():
             parameter.data = kept[name]
@@ -164,20 +170,20 @@ def save_compressed(
         tokenizer.save_pretrained(folder)
     report = storage_report(folder)
     card = CARD.format(bits=report["bits_per_weight"])
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    storage.write_text(folder / "README.md", card)
     return report
 
 
 def storage_report(folder: Path | str) -> dict[str, float]:
-    """Bits per weight from the *files*: tensor bytes of the compressed layers, and of the whole model.
+    """Bits per weight from the *files*: tensor bytes of the compressed layers, and of the whole
+    model.
 
-    ``bits_per_weight`` counts codes, scales and signs of the compressed layers; ``model_bits_per_weight`` everything in
-    the safetensors files; ``header_bytes`` is what the files' tables of contents add.
+    ``bits_per_weight`` counts codes, scales and signs of the compressed layers;
+    ``model_bits_per_weight`` everything in the safetensors files; ``header_bytes`` is what the
+    files' tables of contents add.
     """
-    import json
-
     folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = storage.read_json(folder / "config.json")
     modules = config["quantization_config"]["modules"]
     weights = sum(s["in_features"] * s["out_features"] for s in modules.values())
     compressed = other = other_count = header_bytes = 0
@@ -188,7 +194,7 @@ def storage_report(folder: Path | str) -> dict[str, float]:
     for path in files:
         with open(path, "rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(length))
+            header = storage.parse_json(handle.read(length).decode("utf-8"))
         header_bytes += 8 + length
         for name, entry in header.items():
             if name == "__metadata__":

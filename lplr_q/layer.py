@@ -1,12 +1,13 @@
-"""The linear layer that holds only codes: y = s_out * Theta_m^T ( (Q + L R) Theta_n (s_in * x) ) + b.
+"""The linear layer that holds only codes: y = s_out * Theta_m^T ( (Q + L R) Theta_n (s_in * x) ) +
+b.
 
 All state but the bias is integer (codes, packed signs, and the *bit patterns* of the scales), so no
 ``.half()`` or ``dtype=`` can change what the codes mean. Names in the file:
 
-    q_codes, q_codes_2   (m, n / 8) int16 or uint8 of the first and second stage; packed bytes for scalars
-    q_tail               packed scalar codes of the last n mod 8 columns
-    q_scale              float32 as int32      l_scales, r_scales   bfloat16 as int16, one per component
-    l_codes, r_codes     packed bytes of L^T and R (int16 bfloat16 patterns at 16 bits)
+    q_codes, q_codes_2   (m, n / 8) int16 or uint8 of the first and second stage; packed bytes for
+    scalars q_tail               packed scalar codes of the last n mod 8 columns
+    q_scale              float32 as int32      l_scales, r_scales   bfloat16 as int16, one per
+    component l_codes, r_codes     packed bytes of L^T and R (int16 bfloat16 patterns at 16 bits)
     signs_in, signs_out  packed, 1 = negative
 """
 
@@ -32,8 +33,8 @@ from workbench.errors import ConfigError, DataError
 class LPLRQuantizedLinear(nn.Module):
     """A linear layer stored as Q + L R in few bits.
 
-    ``mode`` is ``dequant`` (codes are decoded in every forward; the layer stays small) or ``cached`` (the
-    dense matrix is built once and kept; for evaluation at speed).
+    ``mode`` is ``dequant`` (codes are decoded in every forward; the layer stays small) or
+    ``cached`` (the dense matrix is built once and kept; for evaluation at speed).
     """
 
     def __init__(
@@ -133,7 +134,8 @@ class LPLRQuantizedLinear(nn.Module):
     def from_settings(
         cls, settings: dict[str, Any], dtype: torch.dtype | None = None
     ) -> LPLRQuantizedLinear:
-        """An empty layer from :meth:`settings`; refuses a rotation this version would build otherwise."""
+        """An empty layer from :meth:`settings`; refuses a rotation this version would build
+        otherwise."""
         expected = {k: v for k, v in settings.items() if not k.startswith("rotation_")}
         layer = cls(**expected, dtype=dtype)
         for key, value in settings.items():

@@ -1,14 +1,15 @@
-"""LDLQ: rounding with linear feedback, lazily batched, and guarded refinement.   [QuIP# §4; GPTQ §3.3]
+"""LDLQ: rounding with linear feedback, lazily batched, and guarded refinement.
+[QuIP# §4; GPTQ §3.3]
 
 With H = M D M^T and E = W - Q, blocks are rounded from the last to the first:
 
     Q_k = q( W_k + sum_{j>k} E_j M_jk )                                        (2)
 
-The loss tr(E H E^T) then equals the sum of tr(eta_k D_k eta_k^T) with eta_k the local rounding error. With blocks of one
-column and reversed order this is GPTQ.
+The loss tr(E H E^T) then equals the sum of tr(eta_k D_k eta_k^T) with eta_k the local rounding
+error. With blocks of one column and reversed order this is GPTQ.
 
-Everything works on rows at once; the rounding is given as an object with ``bounds`` (columns of each
-block) and ``quantise(target, k) -> (codes, points)``.
+Everything works on rows at once; the rounding is given as an object with ``bounds`` (columns of
+each block) and ``quantise(target, k) -> (codes, points)``.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ class BlockQuantiser(Protocol):
 
 
 class CodebookBlocks:
-    """A codebook over the columns of a unit-rms matrix, with a scalar tail when dim does not divide n.
+    """A codebook over the columns of a unit-rms matrix, with a scalar tail when dim does not
+    divide n.
 
-    ``scale`` is what the codebook's points are divided by: points / scale approximate unit-rms input.
+    ``scale`` is what the codebook's points are divided by: points / scale approximate unit-rms
+    input.
     """
 
     def __init__(self, codebook: Codebook, n: int, *, multiplier: float = 1.0) -> None:
@@ -85,12 +88,12 @@ def ldlq(
     *,
     buffer: int = 128,
 ) -> tuple[list[Tensor], Float[Tensor, "m n"]]:
-    """Codes per block and Q by equation (2), with the feedback applied one buffer of columns at a time.
+    """Codes per block and Q by equation (2), with the feedback applied one buffer of columns at a
+    time.
 
-    Inside a buffer only its own columns are corrected; afterwards one product carries the buffer's error to
-    the columns not yet visited. The result does not depend on ``buffer``.
+    Inside a buffer only its own columns are corrected; afterwards one product carries the buffer's
+    error to the columns not yet visited. The result does not depend on ``buffer``.
     """
-    m, n = weight.shape
     lower = lower.to(weight.dtype)
     error = torch.zeros_like(weight)
     carried = torch.zeros_like(weight)
@@ -144,10 +147,12 @@ def guarded_sweep(
 ) -> tuple[list[Tensor], Float[Tensor, "m n"]]:
     """One pass of coordinate descent over blocks; tr(E H E^T) never rises.
 
-    Each block aims at Q_k + (W - Q) H_:k H_kk^-1 and is rounded again; a row takes its new points only if
-    delta H_kk delta^T - 2 (E H)_k delta^T < 0, because nearest in the Euclidean sense need not be nearest under H_kk.
+    Each block aims at Q_k + (W - Q) H_:k H_kk^-1 and is rounded again; a row takes its new points
+    only if delta H_kk delta^T - 2 (E H)_k delta^T < 0, because nearest in the Euclidean sense need
+    not be nearest under H_kk.
     """
     hessian = hessian.to(weight.dtype)
+    inverses = [torch.linalg.inv(hessian[low:high, low:high]) for low, high in blocks.bounds]
     codes, points = list(codes), points.clone()
     error = weight - points
     block = len(blocks.bounds) - 1
@@ -162,8 +167,8 @@ def guarded_sweep(
             low, high = blocks.bounds[k]
             corner = hessian[low:high, low:high]
             g = gradient[:, low - start : high - start]
-            step = torch.linalg.solve(corner, g.T).T
-            new_codes, new_points = blocks.quantise(points[:, low:high] + step, k)
+            aim = points[:, low:high] + g @ inverses[k]
+            new_codes, new_points = blocks.quantise(aim, k)
             delta = new_points - points[:, low:high]
             change = ((delta @ corner - 2 * g) * delta).sum(1)
             accept = change < 0

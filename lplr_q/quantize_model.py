@@ -1,7 +1,7 @@
 """Compress every linear layer of a decoder, one sublayer at a time.
 
-Each sublayer is one unit of work: its result depends only on its weight, its Hessian, the settings and a
-named random stream, so units can be done in any order, kept, and skipped when they exist.
+Each sublayer is one unit of work: its result depends only on its weight, its Hessian, the settings
+and a named random stream, so units can be done in any order, kept, and skipped when they exist.
 """
 
 from __future__ import annotations
@@ -100,28 +100,32 @@ def compress_sublayer(
     generator_of: Callable[[str], torch.Generator],
 ) -> Decomposition:
     """The candidate (q_bits, rank) with the smallest activation-aware error."""
-    best: Decomposition | None = None
-    for q_bits, rank in candidates(*weight.shape, settings):
-        try:
-            result = decompose(
-                weight,
-                prepared,
-                codebook=settings.codebook,
-                q_bits=q_bits,
-                rank=rank,
-                factor_bits=settings.factor_bits,
-                rounds=settings.rounds,
-                inner_iterations=settings.inner_iterations,
-                sweeps=settings.sweeps,
-                init=settings.init,
-                generator=generator_of(f"signs/out/{name}") if settings.rht else None,
-            )
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from None
-        if best is None or result.error < best.error:
-            best = result
-    assert best is not None
-    return best
+
+    def run(q_bits: int, rank: int, *, quick: bool) -> Decomposition:
+        return decompose(
+            weight,
+            prepared,
+            codebook=settings.codebook,
+            q_bits=q_bits,
+            rank=rank,
+            factor_bits=settings.factor_bits,
+            rounds=1 if quick else settings.rounds,
+            inner_iterations=min(2, settings.inner_iterations)
+            if quick
+            else settings.inner_iterations,
+            sweeps=0 if quick else settings.sweeps,
+            init=settings.init,
+            generator=generator_of(f"signs/out/{name}") if settings.rht else None,
+        )
+
+    pairs = candidates(*weight.shape, settings)
+    try:
+        if len(pairs) > 1:  # one plain round tells them apart
+            errors = [run(*pair, quick=True).error for pair in pairs]
+            pairs = [pairs[errors.index(min(errors))]]
+        return run(*pairs[0], quick=False)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
 
 
 def result_tree(result: Decomposition) -> dict[str, Any]:
@@ -139,7 +143,8 @@ def result_tree(result: Decomposition) -> dict[str, Any]:
 
 
 def install(model: nn.Module, name: str, tree: dict[str, Any]) -> LPLRQuantizedLinear:
-    """Put the compressed layer of a finished unit in the place of the linear layer; its bias is kept."""
+    """Put the compressed layer of a finished unit in the place of the linear layer; its bias is
+    kept."""
     old = model.get_submodule(name)
     if not isinstance(old, nn.Linear):
         raise DataError(f"{name} is a {type(old).__name__}, not a linear layer")

@@ -1,7 +1,9 @@
-"""A seeded 512 x 512 problem with a heavy spectrum and outlier channels, on which every method has a known error.
+"""A seeded 512 x 512 problem with a heavy spectrum and outlier channels, on which every method has
+a known error.
 
-W = U diag((1 + i)^-0.6) V^T scaled to rms 0.02, plus 0.01 Gaussian noise; inputs with standard deviations
-(1 + i)^-1/2 along random directions, 1 % of the channels eight times larger, 2 048 tokens.
+W = U diag((1 + i)^-0.6) V^T scaled to rms 0.02, plus 0.01 Gaussian noise; inputs with standard
+deviations (1 + i)^-1/2 along random directions, 1 % of the channels eight times larger, 2 048
+tokens.
 """
 
 from __future__ import annotations

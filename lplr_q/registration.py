@@ -1,7 +1,8 @@
 """Makes ``import lplr_q`` enough for plain ``AutoModelForCausalLM.from_pretrained(folder)``.
 
-Importing transformers takes seconds, so nothing of it is imported here: the quantiser registers itself right after
-transformers has loaded its own registry, or at once when that has happened already.
+Importing transformers takes seconds, so nothing of it is imported here: the quantiser registers
+itself right after transformers has loaded its own registry, or at once when that has happened
+already.
 """
 
 from __future__ import annotations

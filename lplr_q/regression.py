@@ -37,7 +37,8 @@ def cholesky_whitening(factor: Float[Tensor, "n n"]) -> Whitening:
 
 
 def eigen_whitening(hessian: Float[Tensor, "n n"], *, floor: float = 1e-8) -> Whitening:
-    """C = V Lambda^(1/2), eigenvalues clipped at ``floor`` times the largest: safe for singular H."""
+    """C = V Lambda^(1/2), eigenvalues clipped at ``floor`` times the largest: safe for singular
+    H."""
     values, vectors = torch.linalg.eigh(hessian)
     values = values.clamp_min(floor * values[-1])
     root = values.sqrt()
@@ -47,7 +48,8 @@ def eigen_whitening(hessian: Float[Tensor, "n n"], *, floor: float = 1e-8) -> Wh
 def rank_constrained_regression(
     target: Float[Tensor, "m n"], whitening: Whitening, rank: int
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"], Float[Tensor, " k"]]:
-    """Balanced factors L = U_r S_r^(1/2), R = S_r^(1/2) Z_r^T C^-1, and all singular values of A C."""
+    """Balanced factors L = U_r S_r^(1/2), R = S_r^(1/2) Z_r^T C^-1, and all singular values of A
+    C."""
     product = target @ whitening.forward.to(target.dtype)
     u, s, zt = torch.linalg.svd(product, full_matrices=False)
     root = s[:rank].sqrt()

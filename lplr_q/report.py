@@ -14,7 +14,8 @@ def short_source(source: str) -> str:
 
 
 def perplexity_figure(rows: Sequence[dict[str, Any]]) -> Any:
-    """Perplexity against true bits per weight, one panel per text, log y, 16 bit as a dotted line."""
+    """Perplexity against true bits per weight, one panel per text, log y, 16 bit as a dotted
+    line."""
     from workbench.plots import line_plot, new_figure
 
     sources = list(dict.fromkeys(r["text"] for r in rows))
@@ -70,10 +71,10 @@ def error_figure(rows: Sequence[dict[str, Any]]) -> Any:
     bar_plot(
         axes,
         drawn,
-        x="sublayer",
-        y="error",
+        label="sublayer",
+        value="error",
         series="budget",
-        ylabel="relative activation-aware error e",
+        xlabel="relative activation-aware error e",
         title="Error by kind of layer (median over blocks)",
     )
     return figure, drawn

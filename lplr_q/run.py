@@ -1,4 +1,5 @@
-"""Compress a language model to W = Q + L R and compare with RTN and GPTQ.   [LPLR-Q; CALDERA Alg. 1]
+"""Compress a language model to W = Q + L R and compare with RTN and GPTQ.
+[LPLR-Q; CALDERA Alg. 1]
 
     python -m lplr_q.run --model micro-mistral --bits 2 2.5
     python -m lplr_q.run --config configs/lplr_q/run.tour.yaml
@@ -40,11 +41,11 @@ class Experiment:
     """Bits of Q; None tries each width that fits and keeps the smallest error."""
     factor_bits: int = 4
     """Bits per entry of L and R; 16 keeps them in bfloat16."""
-    rounds: int = 2
+    rounds: int = 1
     """Outer rounds of the alternation; the best iterate is kept."""
     inner_iterations: int = 5
     """Least-squares steps for the rounded factors per round."""
-    sweeps: int = 2
+    sweeps: int = 1
     """Guarded refinement sweeps after LDLQ."""
     init: Literal["lr_first", "q_first"] = "lr_first"
     """Which component is updated first."""
@@ -349,19 +350,17 @@ def _report(
     run.table(
         "perplexity",
         rows,
-        caption="Perplexity on held-out text (95 % interval over blocks) and its ratio to the 16-bit "
-        "model (paired). true_bits counts codes, factors, scales, zero points and signs.",
+        caption="Perplexity on held-out text (95 % interval over blocks) and its ratio to the "
+        "16-bit model (paired). true_bits counts codes, factors, scales, zero points and signs.",
     )
     if layers:
-        run.table(
-            "layers", layers, caption="Every compressed layer: e is relative and weighted by H."
-        )
+        run.table("layers", layers, caption="Every compressed layer; the error is weighted by H.")
         figure, drawn = error_figure(layers)
         run.figure(
             "error_by_layer",
             figure,
             drawn,
-            caption=f"Relative activation-aware error, median over blocks; n = {len(layers)} layers.",
+            caption=f"Relative activation-aware error, median over blocks; {len(layers)} layers",
             alt="; ".join(f"{r['sublayer']} {r['budget']}: {r['error']:.3f}" for r in drawn),
         )
     run.figure(

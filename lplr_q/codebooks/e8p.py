@@ -1,4 +1,5 @@
-"""E8P: 65 536 points near the E8 lattice, 2 bits per weight, with an exact fast encoder.   [QuIP# §4.2]
+"""E8P: 65 536 points near the E8 lattice, 2 bits per weight, with an exact fast encoder.
+[QuIP# §4.2]
 
 A point is ``sign * s + shift``: ``s`` one of 256 patterns of {1/2, 3/2, 5/2}^8, signs such that the
 coordinate sum of ``sign * s`` is even, ``shift`` = +1/4 or -1/4 in every coordinate.
@@ -6,8 +7,8 @@ coordinate sum of ``sign * s`` is even, ``shift`` = +1/4 or -1/4 in every coordi
 Code layout (16 bits): 15..8 pattern index, 7..1 signs of coordinates 7..1 (1 = negative),
 bit 0 shift (0: +1/4, 1: -1/4). The sign of coordinate 0 follows from the even sum.
 
-Patterns 0..226 are all vectors with squared norm <= 10, ordered by norm, then lexicographically; 227..255
-have squared norm 12 (five entries 3/2, three 1/2).
+Patterns 0..226 are all vectors with squared norm <= 10, ordered by norm, then lexicographically;
+227..255 have squared norm 12 (five entries 3/2, three 1/2).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import itertools
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lplr_q.codebooks.base import Codebook, require_bits
@@ -47,14 +48,18 @@ def e8p_patterns() -> Float[Tensor, "256 8"]:
 def _tables() -> dict[str, Tensor]:
     """Everything the encoder looks up, on the CPU."""
     patterns = e8p_patterns()
-    digits = (patterns - 0.5).long()
-    powers = 3 ** torch.arange(8)
+    powers = 3.0 ** torch.arange(8)
     lookup = torch.full((3**8,), -1, dtype=torch.long)
-    lookup[(digits * powers).sum(1)] = torch.arange(256)
+    lookup[((patterns - 0.5) @ powers).long()] = torch.arange(256)
     halves = torch.tensor([[int(c) for c in places] for places in _NORM_12.split()])
     mask = torch.zeros(29, 8)
     mask.scatter_(1, halves, 1.0)
     others = mask.eq(0).nonzero()[:, 1].reshape(29, 5)
+    # seven permutation-invariant classes, sorted: k entries 3/2 (k = 0..4); 5/2; 5/2 and 3/2
+    tops = [[], [1.5], [1.5] * 2, [1.5] * 3, [1.5] * 4, [2.5], [2.5, 1.5]]
+    classes = torch.tensor([top + [0.5] * (8 - len(top)) for top in tops])
+    sign_bits = 2.0 ** torch.arange(8)
+    sign_bits[0] = 0  # implied by the parity
     return {
         "patterns": patterns,
         "powers": powers,
@@ -62,20 +67,12 @@ def _tables() -> dict[str, Tensor]:
         "halves": halves,
         "others": others,
         "mask": mask,
-        # seven permutation-invariant classes: k entries 3/2 (k = 0..4); one 5/2; one 5/2 and one 3/2
-        "top": torch.tensor(
-            [
-                [0.5, 0.5, 0.5, 0.5],
-                [1.5, 0.5, 0.5, 0.5],
-                [1.5, 1.5, 0.5, 0.5],
-                [1.5, 1.5, 1.5, 0.5],
-                [1.5, 1.5, 1.5, 1.5],
-                [2.5, 0.5, 0.5, 0.5],
-                [2.5, 1.5, 0.5, 0.5],
-            ]
-        ),
-        "norms": torch.tensor([2.0, 4.0, 6.0, 8.0, 10.0, 8.0, 10.0]),
-        "odd": torch.tensor([0, 1, 0, 1, 0, 0, 1]),  # parity of the coordinate sum of each class
+        "classes": classes,
+        "gain": 2 * classes.T.contiguous(),
+        "norms": classes.square().sum(1),
+        "odd": classes.sum(1).long() & 1,
+        "sign_bits": sign_bits,
+        "axis": torch.arange(8)[:, None],
     }
 
 
@@ -97,90 +94,88 @@ def _decode_table(device: torch.device) -> Float[Tensor, "65536 8"]:
     return (magnitude * (1 - 2 * negative) + shift[:, None]).to(device)
 
 
+def _search_norm_12(
+    a: Float[Tensor, "N 8"], wrong: Float[Tensor, " N"], tables: dict[str, Tensor]
+) -> tuple[Float[Tensor, " N"], Int64[Tensor, " N"]]:
+    """Best score and index among the 29 patterns of norm 12 (entries 3/2, three of them 1/2)."""
+    score = 3 * a.sum(1, keepdim=True) - 2 * a @ tables["mask"].T - 12
+    least_half, least_other = a[:, tables["halves"]].amin(-1), a[:, tables["others"]].amin(-1)
+    score = score - torch.minimum(2 * least_half, 6 * least_other) * wrong[:, None]
+    return score.max(1)
+
+
 def _best_outside(
-    a: Float[Tensor, "N 8"], odd_signs: Int64[Tensor, " N"], tables: dict[str, Tensor]
-) -> tuple[Float[Tensor, "N 8"], Bool[Tensor, "N 8"]]:
-    """Best pattern and forced sign flip for magnitudes whose lattice neighbour is not in the table.
+    y: Float[Tensor, "N 8"], tables: dict[str, Tensor]
+) -> tuple[Float[Tensor, "N 8"], Int64[Tensor, " N"]]:
+    """Nearest signed pattern, and its index, for points whose lattice neighbour is not in the
+    table.
 
-    Maximises 2 a.s - |s|^2 (- 4 min_i a_i s_i when the sign parity is wrong). Within a
-    permutation-invariant class the sorted assignment wins and the smallest magnitude is the one to flip,
-    so seven class scores replace 227 patterns; the 29 patterns of norm 12 are searched.
+    Maximises 2 |y|.s - |s|^2 (- 4 min_i |y_i| s_i when the sign parity is wrong). Within a
+    permutation-invariant class the sorted assignment wins and the smallest magnitude is the one to
+    flip, so seven class scores replace 227 patterns; the 29 patterns of norm 12 are searched only
+    where their best conceivable score exceeds that of the classes.
     """
-    ordered, order = a.topk(4, dim=1)
-    smallest, where_smallest = a.min(dim=1)
+    a = y.abs()
+    ordered, order = a.sort(dim=1, descending=True)
     total = a.sum(1, keepdim=True)
-    rest = total - ordered.sum(1, keepdim=True)
-    scores = 2 * ordered @ tables["top"].T + rest - tables["norms"]
-    wrong = (tables["odd"] + odd_signs[:, None]) % 2
-    scores = scores - 2 * wrong * smallest[:, None]
-    class_score, class_index = scores.max(1)
+    odd_signs = (y < 0).sum(1, keepdim=True) & 1
+    scores = ordered @ tables["gain"] - tables["norms"]
+    scores = scores - 2 * (tables["odd"] ^ odd_signs) * ordered[:, 7:]
+    best, index = scores.max(1)
+    magnitude = torch.empty_like(a).scatter_(1, order, tables["classes"][index])
 
-    outer = 3 * total - 2 * a @ tables["mask"].T - 12
-    outer_wrong = odd_signs == 0  # the sum of a norm-12 pattern is 9
-    least_half = a[:, tables["halves"]].amin(-1)
-    least_other = a[:, tables["others"]].amin(-1)
-    penalty = torch.minimum(2 * least_half, 6 * least_other)
-    outer = outer - penalty * outer_wrong[:, None]
-    outer_score, outer_index = outer.max(1)
+    ceiling = 3 * total[:, 0] - 2 * ordered[:, 5:].sum(1) - 12
+    rows = (ceiling > best).nonzero()[:, 0]
+    if rows.numel():
+        wrong = (1 - odd_signs[rows, 0]).to(a.dtype)  # the sum of these patterns is 9
+        outer, outer_index = _search_norm_12(a[rows], wrong, tables)
+        better = outer > best[rows]
+        magnitude[rows[better]] = 1.5 - tables["mask"][outer_index[better]]
 
-    magnitude = torch.full_like(a, 0.5).scatter_(1, order, tables["top"][class_index])
-    use_outer = outer_score > class_score
-    magnitude = torch.where(use_outer[:, None], 1.5 - tables["mask"][outer_index], magnitude)
-    is_wrong = torch.where(
-        use_outer, outer_wrong.long(), wrong.gather(1, class_index[:, None])[:, 0]
-    )
-    place = torch.where(use_outer, (a * magnitude).argmin(1), where_smallest)
-    flip = torch.zeros_like(a, dtype=torch.bool).scatter_(
-        1, place[:, None], is_wrong[:, None].bool()
-    )
-    return magnitude, flip
+    parity = (magnitude.sum(1, keepdim=True).long() + odd_signs) & 1
+    place = (a * magnitude).argmin(1, keepdim=True)
+    signed = magnitude.copysign(y)
+    signed.scatter_(1, place, signed.gather(1, place) * (1 - 2 * parity))
+    return signed, tables["lookup"][((magnitude - 0.5) @ tables["powers"]).long()]
 
 
 def encode_e8p(x: Float[Tensor, "N 8"]) -> Int64[Tensor, " N"]:
     """Code of the nearest E8P point, exactly (ties broken arbitrarily).
 
-    Per shift: round to half-integers; with an odd coordinate sum move the coordinate with the largest
-    residual to its second nearest half-integer. If that lattice point is one of the patterns it is the nearest;
-    the others go through a search over nine classes instead of 256 patterns.
+    Per shift: round to half-integers; with an odd coordinate sum move the coordinate with the
+    largest residual to its second nearest half-integer. If the magnitudes of that lattice point are
+    one of the patterns it is the nearest. The others are searched only where the lattice point, a
+    lower bound of their distance, is nearer than what the other shift already offers.
     """
     tables = _tables_on(x.device)
     count = x.shape[0]
-    shifted = torch.cat([x - _SHIFT, x + _SHIFT])
-    a = shifted.abs()
-    negative = shifted < 0
-    odd_signs = negative.sum(1) % 2
+    columns = x.T
+    y = torch.cat([columns - _SHIFT, columns + _SHIFT], dim=1)  # 8 x 2N: reductions run along N
+    point = y.floor() + 0.5
+    residual = y - point
+    odd = torch.remainder(point.sum(0), 2)
+    _, place = residual.abs().max(0)
+    point += torch.where(tables["axis"] == place, odd.copysign(residual), 0.0)
+    distance = (y - point).square().sum(0)
 
-    digit = a.floor()
-    residual = a - digit - 0.5
-    odd = (digit.sum(1).long() + odd_signs) % 2  # sum of digits = coordinate sum - 4
-    gap, place = residual.abs().max(1, keepdim=True)
-    moved = digit.gather(1, place) + torch.where(residual.gather(1, place) < 0, -1.0, 1.0)
-    below = moved < 0  # second nearest is -1/2: same pattern, opposite sign
-    apply = odd[:, None].bool()
-    digit = digit.scatter(
-        1, place, torch.where(apply, torch.where(below, 0.0, moved), digit.gather(1, place))
-    )
-    flip = torch.zeros_like(negative).scatter_(1, place, apply & below)
-
-    inside = digit.amax(1) < 3
-    key = (digit.clamp_max(2).long() * tables["powers"]).sum(1)
+    magnitude = point.abs()
+    inside = magnitude.amax(0) < 3
+    key = (tables["powers"] @ (magnitude.clamp_max(2.5) - 0.5)).long()
     pattern = torch.where(inside, tables["lookup"][key], -1)
-    outside = (pattern < 0).nonzero()[:, 0]
-    if outside.numel():
-        magnitude, forced = _best_outside(a[outside], odd_signs[outside], tables)
-        digit[outside] = magnitude - 0.5
-        flip[outside] = forced
-        key = ((magnitude - 0.5).long() * tables["powers"]).sum(1)
-        pattern[outside] = tables["lookup"][key]
+    missing = pattern < 0
+    offered = torch.where(missing, torch.inf, distance)
+    other = torch.cat([offered[count:], offered[:count]])
+    rows = (missing & (distance < other)).nonzero()[:, 0]
+    if rows.numel():
+        wanted = y[:, rows]
+        signed, pattern[rows] = _best_outside(wanted.T.contiguous(), tables)
+        point[:, rows] = signed.T
+        offered[rows] = (wanted - signed.T).square().sum(0)
 
-    negative = negative ^ flip
-    signed = torch.where(negative, -(digit + 0.5), digit + 0.5)
-    distance = (shifted - signed).square().sum(1)
-    second = (distance[count:] < distance[:count]).long()
+    second = (offered[count:] < offered[:count]).long()
     chosen = torch.arange(count, device=x.device) + second * count
-    weights = 2 ** torch.arange(8, device=x.device)
-    weights[0] = 0  # implied by the parity
-    return (pattern[chosen] << 8) + (negative[chosen].long() * weights).sum(1) + second
+    negative = (point[:, chosen] < 0).to(x.dtype)
+    return (pattern[chosen] << 8) + (tables["sign_bits"] @ negative).long() + second
 
 
 def decode_e8p(codes: Int64[Tensor, "*batch"]) -> Float[Tensor, "*batch 8"]:
@@ -220,7 +215,7 @@ class E8PCodebook:
     name = "e8p"
     bits = 2.0
     dim = 8
-    streams = (16,)
+    streams: tuple[int, ...] = (16,)
     opt_scale = 1.03
 
     def encode(self, x: Float[Tensor, "*batch 8"]) -> Int64[Tensor, "*batch 1"]:

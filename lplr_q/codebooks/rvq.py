@@ -2,8 +2,8 @@
 
     x^ = E8P(x) + C2((x - E8P(x)) * rho) / rho
 
-3 bits: C2 = 256 short vectors of E8 (1 bit per weight), rho = 2.04, input scale 0.98, Gaussian MSE 0.0295.
-4 bits: C2 = E8P itself, rho = 3.45, input scale 1.03, Gaussian MSE 0.0096.
+3 bits: C2 = 256 short vectors of E8 (1 bit per weight), rho = 2.04, input scale 0.98, Gaussian MSE
+0.0295. 4 bits: C2 = E8P itself, rho = 3.45, input scale 1.03, Gaussian MSE 0.0096.
 The same rho is used by encoder and decoder.
 """
 
@@ -56,7 +56,7 @@ class ResidualE8PCodebook:
     def __init__(self, bits: int) -> None:
         require_bits(self.name, bits, (3, 4))
         self.bits = float(bits)
-        self.streams = (16, 8) if bits == 3 else (16, 16)
+        self.streams: tuple[int, ...] = (16, 8) if bits == 3 else (16, 16)
         self.rho = 2.04 if bits == 3 else 3.45
         self.opt_scale = 0.98 if bits == 3 else 1.03
 

@@ -60,7 +60,7 @@ class LloydMaxCodebook:
     def __init__(self, bits: int) -> None:
         require_bits(self.name, bits, tuple(range(1, 9)))
         self.bits = float(bits)
-        self.streams = (bits,)
+        self.streams: tuple[int, ...] = (bits,)
         self._levels = lloyd_max_levels(bits)
 
     def encode(self, x: Float[Tensor, "*batch 1"]) -> Int64[Tensor, "*batch 1"]:
