@@ -57,6 +57,7 @@ def main(experiment: Experiment) -> dict[str, Any]:
         from workbench.backbones import manifest, training
         from workbench.backbones.evaluation import evaluate_backbone
         from workbench.backbones.recipes import find_recipe, quick
+        from workbench.backbones.report import learning_curve
 
         recipe = find_recipe(experiment.recipe)
         if experiment.quick:
@@ -81,6 +82,7 @@ def main(experiment: Experiment) -> dict[str, Any]:
                 tick=lambda part: run.check_interrupt(),
             ),
         )
+        learning_curve(run, recipe)
         run.table(
             "figures",
             [{"figure": name, "value": value} for name, value in figures.items()],

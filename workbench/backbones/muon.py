@@ -1,8 +1,8 @@
 """Muon in single precision and in batches: torch.optim.Muon for machines without bfloat16.
 
-torch's own class (from 2.9) orthogonalises in bfloat16, one matrix at a time; a CPU without
-bfloat16 units emulates that some thirty times slower than float32, which would cost more than the
-model. Same update otherwise; a test compares the two.
+torch's own class (from 2.9) orthogonalises in bfloat16, one matrix after another; on a CPU without
+bfloat16 units it takes twelve times as long as this one (`benchmarks/backbones/bench_muon.py`),
+longer than the model itself. Same update otherwise; a test compares the two.
 """
 
 from __future__ import annotations

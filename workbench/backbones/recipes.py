@@ -129,8 +129,8 @@ MICRO_MISTRAL = Recipe(
     curriculum=(
         Stage(0.0, 256, (3, 8), (6, 12)),
         Stage(0.2, 256, (6, 14), (6, 12)),
-        Stage(0.45, 512, (8, 24), (8, 16)),
-        Stage(0.75, 512, (8, 40), (8, 14)),
+        Stage(0.6, 512, (8, 24), (8, 16)),
+        Stage(0.8, 512, (8, 40), (8, 14)),
     ),
     recall_gate=(700_000, 0.3),
 )
@@ -187,7 +187,7 @@ def find_recipe(name: str) -> Recipe:
     return found
 
 
-def quick(recipe: Recipe, tokens: int = 250_000) -> Recipe:
+def quick(recipe: Recipe, tokens: int = 200_000) -> Recipe:
     """A recipe of the same model for tests: about a twentieth of the budget, short documents."""
     return replace(
         recipe,
