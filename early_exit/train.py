@@ -83,6 +83,7 @@ def train_exits(
 
     layers = check_exits(experiment.exits or default_exits(adapter.n_layers), adapter.n_layers)
     exits = Exits(layers, adapter.gate_width, adapter.width, experiment.emission).to(adapter.device)
+    adapter.model.requires_grad_(False)  # only the exits learn
     features = run.once(
         "features_train",
         lambda: collect(

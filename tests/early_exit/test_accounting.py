@@ -40,8 +40,15 @@ def test_bounds_when_every_token_leaves_at_the_first_exit(layers, layer, emissio
 def test_a_hand_computed_tally():
     costs = Costs(layers=4, block=100, fill=10, vocabulary=50, gate=2, context=1.0, mixer=5.0)
     tally = Tally(
-        tokens=2, latency_blocks=6, blocks=6, context=30, fills=2, gates=3, vocabularies=2,
-        translations=1, full_context=11,
+        tokens=2,
+        latency_blocks=6,
+        blocks=6,
+        context=30,
+        fills=2,
+        gates=3,
+        vocabularies=2,
+        translations=1,
+        full_context=11,
     )
     executed = 6 * 105 + 30 + 2 * 10 + 3 * 2 + 2 * 50 + 7**2
     full = 2 * (4 * 105 + 50) + 4 * 11

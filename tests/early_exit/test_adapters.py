@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -85,8 +87,7 @@ def test_a_text_in_pieces_equals_the_whole(family: str, cuts: list[int], seed: i
     edges = [0, *sorted(cuts), 40]
     with torch.no_grad():
         parts = [
-            adapter.run(adapter.embed(ids[:, a:b]), 0, 4, state, a)
-            for a, b in zip(edges, edges[1:], strict=False)
+            adapter.run(adapter.embed(ids[:, a:b]), 0, 4, state, a) for a, b in pairwise(edges)
         ]
     error = (adapter.logits(torch.cat(parts, dim=1)) - adapter.full(ids)).abs().max()
     assert float(error) <= 1e-11
