@@ -234,7 +234,7 @@ def _guard(run: Run, bare: Prompted, tokenizer: Any, task: Task, e: Experiment) 
     if e.guard_weight <= 0 or e.guard_rows == 0:
         return None
     texts = [*task.guard_others, *task.guard_unrelated]
-    rows = [encode(tokenizer, text)[:224] for text in texts]
+    rows = [encode(tokenizer, text)[:144] for text in texts]
     rows = [row for row in rows if len(row) > 2]
     made = run.once("guard", lambda: lesson(bare, rows, top_k=e.top_k, unsupervised=1).tree())
     return Lesson.from_tree(made)
