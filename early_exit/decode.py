@@ -31,8 +31,6 @@ class Setting:
     """State policy."""
     criterion: str = "gate"
     """Score."""
-    emission: str | None = None
-    """Only for labels; the exits decide."""
 
 
 def choose_documents(documents: Documents, n: int, prompt: int, new: int) -> list[int]:
@@ -106,6 +104,8 @@ def compare(
                     ),
                     "seconds": done.seconds,
                     "full_seconds": reference.seconds,
+                    "cpu_seconds": done.cpu_seconds,
+                    "full_cpu_seconds": reference.cpu_seconds,
                 }
             )
     return rows
@@ -146,6 +146,9 @@ def summarise(
                 "speedup_seconds": float(np.median(ratio)),
                 "seconds_low": float(np.quantile(ratio, 0.25)),
                 "seconds_high": float(np.quantile(ratio, 0.75)),
+                "speedup_cpu_seconds": float(
+                    np.median([row["full_cpu_seconds"] / row["cpu_seconds"] for row in own])
+                ),
                 "speedup_dynamax": float(np.mean([row["dynamax"] for row in own])),
                 "tokens": int(counts.sum()),
             }

@@ -59,6 +59,8 @@ class Decoded:
     """Tokens of the prompt that ran through all blocks before the first decoding step."""
     seconds: float = 0.0
     """Wall time of the decoding steps."""
+    cpu_seconds: float = 0.0
+    """Processor time of the decoding steps (steadier where other programs run)."""
     prefill_seconds: float = 0.0
     """Wall time of the prefill."""
     pending: int = 0
@@ -146,7 +148,7 @@ class Engine:
             adapter.run(adapter.embed(ids[None, :-1]), 0, adapter.n_layers, state, 0)
         result.prefill_seconds = time.perf_counter() - begin
         self.queues: list[list[Tensor]] = [[] for _ in self.bounds]
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         known = ids.tolist()
         for index in range(max_new_tokens):
             position = len(known) - 1
@@ -160,6 +162,7 @@ class Engine:
             elif index < len(forced):
                 known.append(int(forced[index]))
         result.seconds = time.perf_counter() - begin
+        result.cpu_seconds = time.process_time() - cpu
         self._count_pending(state, result)
         if on_state is not None:
             self._flush(state)

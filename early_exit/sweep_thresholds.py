@@ -36,7 +36,7 @@ class Experiment:
     """Folder written by early_exit.train; none = train here with `at`, `emission` and `steps`."""
     at: tuple[int, ...] = ()
     """Blocks to train exits after; none = four in the second half."""
-    emission: Literal["lens", "affine", "last_block"] = "lens"
+    emission: Literal["lens", "affine", "last_block"] = "affine"
     """Emission of exits trained here (see early_exit.train)."""
     steps: int = 400
     """Optimiser steps of gates trained here."""
@@ -50,7 +50,7 @@ class Experiment:
     """gate, maxprob, margin, entropy or saturation."""
     thresholds: int = 100
     """Points of the simulated curve."""
-    speedups: tuple[float, ...] = (1.25, 1.5)
+    speedups: tuple[float, ...] = (1.5, 2.0)
     """Speed-ups in blocks to decode at; their thresholds are chosen on other documents."""
     policies: tuple[str, ...] = ("propagate", "defer")
     """State policies to decode with."""
@@ -434,7 +434,8 @@ def _values(tables: dict[str, list[dict[str, Any]]], experiment: Experiment) -> 
     names = [
         f"{policy}_{target:g}x" for policy in experiment.policies for target in experiment.speedups
     ]
-    keys = ["agreement", "speedup_blocks", "speedup_work", "speedup_arithmetic", "speedup_seconds"]
+    keys = ["agreement", "speedup_blocks", "speedup_work", "speedup_arithmetic"]
+    keys += ["speedup_seconds", "speedup_cpu_seconds"]
     if experiment.accounting == "dynamax":
         keys.append("speedup_dynamax")
     for name, row, free in zip(names, tables["decoded"], tables["free_running"], strict=True):

@@ -1,7 +1,7 @@
 """Train exit gates from cached hidden states and report how well they know.   [DYNAMAX §3]
 
 python -m early_exit.train --model micro-mistral
-python -m early_exit.train --model micro-mamba2 --exits 3 4 5 6 --emission affine
+python -m early_exit.train --model micro-mamba2 --exits 3 4 5 6 --emission lens
 python -m early_exit.train --model /models/mistral-7b --emission last_block --label-topk 15
 """
 
@@ -30,9 +30,9 @@ class Experiment:
     """Built-in name, local folder or hub id."""
     exits: tuple[int, ...] = ()
     """Blocks after which a token may leave (0-based); none = four in the second half."""
-    emission: Literal["lens", "affine", "last_block"] = "lens"
-    """Token of an exited position: norm and head, a trained affine map before them, or the last
-    block before them (the published one)."""
+    emission: Literal["lens", "affine", "last_block"] = "affine"
+    """Token of an exited position: norm and head (lens), a trained affine map before them, or the
+    last block before them (the published one)."""
     label_topk: int = 1
     """An exit counts as right if the full model's token is among its k best (published: 15)."""
     weighting: Literal["uniform", "wsum"] = "uniform"

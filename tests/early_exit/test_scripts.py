@@ -176,7 +176,8 @@ def test_mistakes_are_named(trained, tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_configuration_parses(path):
-    module = train if path.stem.startswith("train") else sweep
+    modules = {"train": train, "inference": inference}
+    module = modules.get(path.stem.partition(".")[0], sweep)
     parse(module.EXPERIMENT, ["--config", str(path)])
 
 
