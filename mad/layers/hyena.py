@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mad.layers.layer import Layer, head_width
 from workbench.errors import ConfigError
 
-TOEPLITZ_UP_TO = {"hyena": 256, "mh-hyena": 1024}
+TOEPLITZ_UP_TO = {"hyena": 32, "mh-hyena": 1024}
 """Longest sequence for which `kernel="auto"` takes the quadratic form."""
 
 

@@ -172,7 +172,7 @@ class LinearAttention(Layer):
     def state_floats(self, length: int) -> int:
         """The matrix state of every head, and the key sum where it normalises."""
         del length
-        features, head = self.map_q.size, self.width // self.num_heads
+        features, head = int(self.map_q.size), self.width // self.num_heads
         return self.num_heads * features * (head + (self.normalize == "sum"))
 
     def mixing_flops_per_token(self, length: int) -> int:

@@ -20,7 +20,8 @@ class AttentionOptions:
     bias: bool = True
     """Biases in the four projections."""
     kernel: Literal["auto", "sdpa", "eager"] = "auto"
-    """`eager` writes the softmax out; `sdpa` is torch's fused form of it."""
+    """`eager` writes the softmax out; `sdpa` is torch's fused form of it; `auto` takes the first for
+    short sequences."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ A row of V = 16, L = 8 with the map {4:9, 3:11, 0:13, 2:14, 1:8, 6:10, 5:7} (ins
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -55,10 +56,11 @@ class Memorization(Task):
         """L: nothing is shifted, the value is not in the input."""
         return self.seq_len
 
+    @cached_property
     def key_value_map(self) -> dict[int, int]:
         """The map in its order of making: shuffled keys zipped with shuffled values.
 
-        >>> Memorization(vocab_size=16).key_value_map()
+        >>> Memorization(vocab_size=16).key_value_map
         {4: 9, 3: 11, 0: 13, 2: 14, 1: 8, 6: 10, 5: 7}
         """
         rng = np.random.default_rng(self.map_seed)
@@ -76,7 +78,7 @@ class Memorization(Task):
         inputs = np.full((rows, self.seq_len), self.vocab_size - 1, dtype=np.int64)
         answers = np.full((rows, self.seq_len), IGNORE, dtype=np.int64)
         inputs[:, ::2] = keys
-        pairs = self.key_value_map()
+        pairs = self.key_value_map
         value_of = np.array([pairs[key] for key in range(self.n_keys)])
         answers[:, 1::2] = value_of[keys]
         if self.frac_noise > 0:
@@ -91,7 +93,8 @@ class Memorization(Task):
     def legacy_row(self, rng: np.random.Generator) -> Rows:
         """One row in the published order of calls."""
         slots = self.seq_len // 2
-        pairs = self.key_value_map()
+        pairs = self.key_value_map
+        keys = list(pairs)
         keep = rng.choice(slots)  # drawn even when there is no noise
         inputs: list[int] = []
         answers: list[int] = []
@@ -101,7 +104,7 @@ class Memorization(Task):
                 inputs += rng.choice(noise, size=2).tolist()
                 answers += [IGNORE, IGNORE]
             else:
-                key = int(rng.choice(list(pairs)))
+                key = int(rng.choice(keys))
                 inputs += [key, self.vocab_size - 1]
                 answers += [IGNORE, pairs[key]]
         targets = np.array([answers], dtype=np.int64)

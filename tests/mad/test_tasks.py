@@ -67,7 +67,7 @@ def test_legacy_row_reproduces_the_published_generator(task, inputs, answers):
 
 
 def test_memorization_map_is_the_published_one():
-    pairs = Memorization(vocab_size=16).key_value_map()
+    pairs = Memorization(vocab_size=16).key_value_map
     assert pairs == {4: 9, 3: 11, 0: 13, 2: 14, 1: 8, 6: 10, 5: 7}
 
 
@@ -153,7 +153,7 @@ def test_recall_rows_are_consistent(name):
 @pytest.mark.parametrize("name", ["M", "M noisy"])
 def test_memorization_rows_follow_one_map_in_all_splits(name):
     task = SMALL[name]
-    pairs = task.key_value_map()
+    pairs = task.key_value_map
     assert len(set(pairs.values())) == task.n_keys
     for split in ("train", "val", "test"):
         rows = generate(task, 200, split, 1)
