@@ -326,7 +326,8 @@ def encode_pair(
     """Token ids of context and continuation such that together they read as one text.
 
     Spaces at the end of the context move to the continuation, both are encoded together, and the
-    context's own token count is the cut; `<s>` comes first where the tokenizer has one.
+    context's own token count is the cut. `<s>` comes first if the tokenizer puts it there by
+    itself (as lm-evaluation-harness does it); an empty context is `<s>`, or else `</s>`.
     """
     trailing = len(context) - len(context.rstrip(" "))
     if trailing:
@@ -334,9 +335,10 @@ def encode_pair(
     both = tokenizer.encode(context + continuation, add_special_tokens=False)
     head = tokenizer.encode(context, add_special_tokens=False) if context else []
     start = tokenizer.bos_token_id
-    if start is None and not head:
+    own = tokenizer.encode("a")[:1] == [start]
+    if not head and start is None:
         start = tokenizer.eos_token_id
-    first = [] if start is None else [int(start)]
+    first = [int(start)] if start is not None and (own or not head) else []
     return [*first, *both[: len(head)]], both[len(head) :]
 
 

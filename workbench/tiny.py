@@ -103,8 +103,11 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> PreTrainedMod
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per byte after <pad> 0, <s> 1 and </s> 2; any text round-trips."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """A tokenizer with one token per byte after <pad> 0, <s> 1 and </s> 2; any text round-trips.
+
+    Like the built-in models' tokenizer it puts <s> before a text unless told not to.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<pad>", "<s>", "</s>"]
@@ -114,6 +117,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(specials)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",

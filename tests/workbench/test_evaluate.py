@@ -180,8 +180,11 @@ def test_a_long_query_is_cut_on_the_left(model):
 def test_pairs_are_cut_where_the_context_ends():
     tokenizer = byte_tokenizer()
     head, tail = encode_pair(tokenizer, "ab  ", "c")
-    assert head == [1, *tokenizer.encode("ab")]
+    assert head == tokenizer.encode("ab")  # with <s>
     assert tokenizer.decode(tail) == "  c"
+    assert encode_pair(tokenizer, "", "c")[0] == [1]
+    tokenizer.backend_tokenizer.post_processor = None  # one that puts no <s> before a text
+    assert encode_pair(tokenizer, "ab", "c")[0] == head[1:]
     assert encode_pair(tokenizer, "", "c")[0] == [1]
 
 

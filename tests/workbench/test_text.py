@@ -264,7 +264,7 @@ def test_built_in_corpora_are_there_disjoint_and_repeat():
 def test_blocks_are_the_framed_texts_in_order():
     tokenizer = byte_tokenizer()
     blocks = pack_blocks(tokenizer, ["ab", "cde"], 3)
-    ids = [1, *tokenizer.encode("ab"), 2, 1, *tokenizer.encode("cde"), 2]
+    ids = [*tokenizer.encode("ab"), 2, *tokenizer.encode("cde"), 2]  # each starts with <s>
     assert blocks.flatten().tolist() == ids  # nine tokens, no remainder
     assert pack_blocks(tokenizer, ["ab", "cde"], 4).flatten().tolist() == ids[:8]
     assert pack_blocks(tokenizer, ["ab", "cde"], 4, n=1).flatten().tolist() == ids[:4]

@@ -50,3 +50,4 @@ def test_special_ids_are_fixed():
     tokenizer = byte_tokenizer()
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert len(tokenizer) == VOCAB_SIZE
+    assert tokenizer.encode("a")[0] == 1  # as the built-in models' tokenizer

@@ -49,6 +49,17 @@ class MlxModel:
         return result
 
 
+def _flat_rotary(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary base where mlx-lm looks for it; it silently takes 10 000 without.
+
+    transformers 5 writes {"rope_parameters": {"rope_theta": …}}, mlx-lm reads "rope_theta".
+    """
+    rotary = config.get("rope_parameters")
+    if isinstance(rotary, dict) and "rope_theta" in rotary and "rope_theta" not in config:
+        return {"rope_theta": rotary["rope_theta"]}
+    return {}
+
+
 def load_mlx(spec: str | Path, *, dtype: str = "float32") -> MlxModel:
     """The built-in model or local folder `spec` in MLX.
 
@@ -63,7 +74,7 @@ def load_mlx(spec: str | Path, *, dtype: str = "float32") -> MlxModel:
         raise DataError(f"{spec}: the MLX path reads a model folder; save the model to one first")
     config = check_folder(name)
     try:
-        model, _ = mlx_lm.utils.load_model(Path(name))
+        model, _ = mlx_lm.utils.load_model(Path(name), model_config=_flat_rotary(config))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{name}: mlx-lm cannot load model_type {config.get('model_type')!r} ({error}); use "
