@@ -102,6 +102,20 @@ def test_matrices_of_the_blocks_go_to_muon_and_the_rest_to_adamw():
     assert all("proj" not in name for name in by["adamw"])
 
 
+def test_the_rate_follows_the_recipe():
+    def rates(recipe):
+        optimisers = build_optimisers(recipe, torch.nn.Linear(3, 3))
+        factor = optimisers["muon_schedule"].lr_lambdas[0]
+        return [factor(step) for step in (0, 1, 10, 50, 75, 100)]
+
+    recipe = replace(TINY, tokens=512 * 100, warmup_steps=4)
+    usual = rates(recipe)
+    assert usual[:4] == pytest.approx([0.25, 0.5, 1.0, 1.0])
+    assert usual[-1] == pytest.approx(recipe.final_rate)
+    knots = replace(recipe, rate_knots=((512 * 50, 1.0), (512 * 100, 0.2)))
+    assert rates(knots) == pytest.approx([0.25, 0.5, 1.0, 1.0, 0.6, 0.2])
+
+
 # ---------------------------------------------------------------- batches
 
 

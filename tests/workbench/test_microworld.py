@@ -286,6 +286,45 @@ def right_answer(question, facts, rules):
     return " " + (value.upper() if rules["capitals"] else value)
 
 
+def log_probability(text, n_facts, n_turns):
+    """log p of a document from its text alone, with the grammar's numbers written out again."""
+    facts, rules = read_document(text.partition(" Q ")[0])
+    style = 0.25 / 4 if rules["suffix"] else 0.25 if rules["capitals"] else 0.5
+    factors = [style, 0.4 / 4 if rules["banned"] else 0.6, 1 / (n_turns[1] - n_turns[0] + 1)]
+    factors += [15 / 16 / (n_facts[1] - n_facts[0] + 1) if facts else 1 / 16]
+    for told, (relation, _, _) in enumerate(facts.values()):
+        factors.append(1 / (48 - told))
+        factors.append(
+            {
+                "place": 0.455 / 4 / 12 / 40,
+                "owner": 0.3 / 2 / 12 / 32,
+                "colour": 0.245 / 2 / 12,
+            }[relation]
+        )
+    for turn in text.split(" Q ")[1:]:
+        words = turn.split(" A ")[0].replace(".", " .").split()
+        thing = next(word for word in words if word in World().lexicon.things)
+        asked = next(
+            (kind for kind in ("kind", "colour", "owns", "who", "owner") if kind in words), "place"
+        )
+        wordings = {"kind": 2, "colour": 2, "place": 4}.get(asked, 3)
+        if thing in facts:
+            factors += [0.9 if facts else 1.0, 1 / len(facts)]
+            hard = 1.0 if facts[thing][0] == "colour" else 0.1 if asked == "kind" else 0.9
+        else:
+            factors += [0.1 if facts else 1.0, 1 / (48 - len(facts))]
+            hard = {"kind": 0.755 * 0.1, "colour": 0.245, "place": 0.455 * 0.9}.get(asked, 0.27)
+        factors += [hard, 1 / wordings]
+    return sum(map(math.log, factors))
+
+
+def test_a_second_reader_finds_the_same_probability():
+    for index in range(200):
+        sample = World().sample("doc", index, n_facts=(2, 12), n_turns=(1, 9))
+        again = log_probability(sample.text, (2, 12), (1, 9))
+        assert again == pytest.approx(sample.logp, abs=1e-9)
+
+
 def test_documents_answer_as_a_second_reader_does():
     kinds = Counter()
     for item in World().document_items(150, "test", n_facts=(3, 20)):

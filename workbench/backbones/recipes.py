@@ -74,6 +74,8 @@ class Recipe:
     """Share of the steps, at the end, in which the rate falls on a line."""
     final_rate: float = 0.05
     """Last rate as a share of the first."""
+    rate_knots: tuple[tuple[int, float], ...] = ()
+    """(tokens, share of the rate) to be joined by lines, instead of the two fields above."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     not_muon: tuple[str, ...] = ("embed", "lm_head", "A_log", "conv1d")
@@ -125,12 +127,13 @@ MICRO_MISTRAL = Recipe(
     architecture="MistralForCausalLM",
     config="workbench.backbones.mistral_init:micro_mistral_config",
     initialise="workbench.backbones.mistral_init:initialise_mistral",
-    tokens=2_700_000,
+    tokens=1080 * 2048,
+    rate_knots=((679 * 2048, 1.0), (803 * 2048, 0.815649), (1079 * 2048, 0.05)),
     curriculum=(
         Stage(0.0, 256, (3, 8), (6, 12)),
-        Stage(0.2, 256, (6, 14), (6, 12)),
-        Stage(0.6, 512, (8, 24), (8, 16)),
-        Stage(0.8, 512, (8, 40), (8, 14)),
+        Stage(0.244, 256, (6, 14), (6, 12)),
+        Stage(0.732, 512, (8, 24), (8, 16)),
+        Stage(0.85, 512, (8, 40), (8, 14)),
     ),
     recall_gate=(700_000, 0.3),
 )
@@ -192,6 +195,7 @@ def quick(recipe: Recipe, tokens: int = 200_000) -> Recipe:
     return replace(
         recipe,
         tokens=tokens,
+        rate_knots=(),
         mixture=dict(QUICK_MIXTURE),
         curriculum=QUICK_CURRICULUM,
         recall_gate=None,

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -52,22 +53,33 @@ def build_optimisers(recipe: Recipe, model: torch.nn.Module) -> dict[str, Any]:
         (matrices if parameter.ndim == 2 and not excluded else others).append(parameter)
     muon = Muon(matrices, lr=recipe.muon_lr, weight_decay=recipe.weight_decay)
     adamw = torch.optim.AdamW(others, lr=recipe.adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
-    schedules = [
-        wsd_schedule(
-            optimiser,
-            recipe.steps,
-            warmup_steps=min(recipe.warmup_steps, recipe.steps // 4),
-            decay_fraction=recipe.decay_fraction,
-            floor=recipe.final_rate,
-        )
-        for optimiser in (muon, adamw)
-    ]
+    schedules = [_schedule(recipe, optimiser) for optimiser in (muon, adamw)]
     return {
         "muon": muon,
         "adamw": adamw,
         "muon_schedule": schedules[0],
         "adamw_schedule": schedules[1],
     }
+
+
+def _schedule(recipe: Recipe, optimiser: torch.optim.Optimizer) -> Any:
+    """Warm-up, constant, then one line down; or the recipe's own knots joined by lines."""
+    warmup = min(recipe.warmup_steps, recipe.steps // 4)
+    if not recipe.rate_knots:
+        return wsd_schedule(
+            optimiser,
+            recipe.steps,
+            warmup_steps=warmup,
+            decay_fraction=recipe.decay_fraction,
+            floor=recipe.final_rate,
+        )
+    tokens, shares = zip(*recipe.rate_knots, strict=True)
+
+    def factor(step: int) -> float:
+        rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
+        return rising * float(np.interp(step * recipe.tokens_per_step, tokens, shares))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
 
 
 def weighted_loss(
