@@ -34,7 +34,7 @@ class Experiment:
         "mh-hyena swiglu mh-hyena swiglu",
         "mlp mlp mlp mlp",
     )
-    """Stacks, each a text of layer names separated by spaces."""
+    """Stacks: layers separated by spaces, after a name if you like (`mine: mlp mlp`)."""
     dim: int = 128
     """Width of the models."""
     batch_size: int = 128
@@ -64,6 +64,21 @@ class Experiment:
         members(self)
 
 
+def split_stack(text: str) -> tuple[str, tuple[str, ...]]:
+    """The name and the layers of a stack; its layers' shorthands are its name if it has none.
+
+    >>> split_stack("perceptron: mlp mlp")
+    ('perceptron', ('mlp', 'mlp'))
+    >>> split_stack("mh-attention swiglu")
+    ('mA-Sg', ('mh-attention', 'swiglu'))
+    """
+    name, colon, rest = text.partition(": ")
+    if colon:
+        return name.strip(), tuple(rest.split())
+    layers = tuple(text.split())
+    return stack_name(layers), layers
+
+
 def members(experiment: Experiment) -> list[train.Experiment]:
     """The training runs of a comparison, task by task and stack by stack."""
     shared = ("dim", "batch_size", "epochs", "lr", "num_test_examples", "evaluate_every")
@@ -84,7 +99,7 @@ def members(experiment: Experiment) -> list[train.Experiment]:
             settings[key] = yaml.safe_load(value)
         task_spec(name)
         for stack in experiment.stacks:
-            given = settings | {"layers": stack.split()}
+            given = settings | {"layers": list(split_stack(stack)[1])}
             runs.append(apply_settings(base, given, f"task {text!r}"))
     return runs
 
@@ -102,9 +117,10 @@ def main(experiment: Experiment) -> dict[str, Any]:
         results = run_all(
             train.main, runs, executor=experiment.executor, workers=experiment.workers
         )
+        names = [split_stack(stack)[0] for stack in experiment.stacks] * len(experiment.tasks)
         failed = [
-            f"{stack_name(one.layers)} on {one.task}: {result[FAILED]}"
-            for one, result in zip(runs, results, strict=True)
+            f"{name} on {one.task}: {result[FAILED]}"
+            for name, one, result in zip(names, runs, results, strict=True)
             if FAILED in result
         ]
         if failed:
@@ -112,6 +128,10 @@ def main(experiment: Experiment) -> dict[str, Any]:
                 f"{len(failed)} of {len(runs)} training runs failed, the others are kept; first: "
                 f"{failed[0]}"
             )
+        results = [
+            result | {"stack": name, "layers": " ".join(one.layers)}
+            for name, one, result in zip(names, runs, results, strict=True)
+        ]
         report.draw_comparison(run, results)
         scores = {f"{one['task']}: {one['stack']}": one["test_accuracy"] for one in results}
         return run.finish(

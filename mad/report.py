@@ -93,6 +93,7 @@ def comparison_rows(runs: Sequence[Results]) -> list[dict[str, Any]]:
         {
             "task": one["task"],
             "stack": one["stack"],
+            "layers": one["layers"],
             "accuracy": one["test_accuracy"],
             "low": one["test_accuracy_low"],
             "high": one["test_accuracy_high"],

@@ -17,7 +17,7 @@ from mad.layers.layer import Layer, head_width
 from workbench.errors import ConfigError
 
 EAGER_UP_TO = 32
-"""Longest sequence for which `kernel="auto"` writes the softmax out: blocks of a fused kernel do not
+"""Longest sequence for which `kernel="auto"` writes the softmax out: a fused kernel's blocks do not
 pay for so little work."""
 
 

@@ -20,8 +20,8 @@ class AttentionOptions:
     bias: bool = True
     """Biases in the four projections."""
     kernel: Literal["auto", "sdpa", "eager"] = "auto"
-    """`eager` writes the softmax out; `sdpa` is torch's fused form of it; `auto` takes the first for
-    short sequences."""
+    """`eager` writes the softmax out; `sdpa` is torch's fused form; `auto` is eager for short
+    sequences."""
 
 
 @dataclass(frozen=True)

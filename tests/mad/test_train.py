@@ -341,3 +341,12 @@ def test_failed_members_are_named(tmp_path):
         compare.main(
             at(tmp_path, PAIR, tasks=PAIR.tasks[:1], dim=9, stacks=("attention,num_heads=2", "mlp"))
         )
+
+
+def test_stacks_may_be_named(tmp_path):
+    named = replace(PAIR, tasks=PAIR.tasks[:1], stacks=("perceptron: mlp mlp", "mlp"))
+    result = compare.main(at(tmp_path, named))
+    assert set(result) == {"memorization: perceptron", "memorization: M", "runs"}
+    (folder,) = tmp_path.glob("mad/compare-*")
+    rows = read_csv(folder / "tables/comparison.csv")
+    assert [row["layers"] for row in rows] == ["mlp mlp", "mlp"]
