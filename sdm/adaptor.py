@@ -29,11 +29,11 @@ class Adaptor:
     """σ, float64."""
     weight: Float[Tensor, "exemplar width"]
     """G."""
-    bias: Float[Tensor, "exemplar"]
+    bias: Float[Tensor, " exemplar"]
     """g."""
     head_weight: Float[Tensor, "classes exemplar"]
     """W'."""
-    head_bias: Float[Tensor, "classes"]
+    head_bias: Float[Tensor, " classes"]
     """b'."""
 
     def logits(self, hidden: Float[Tensor, "points width"]) -> Float[Tensor, "points classes"]:

@@ -74,9 +74,9 @@ def _ranks(target_accuracy: float, n: np.ndarray, finite_sample: bool) -> np.nda
 
 
 def region_search(
-    rescaled: Float[Tensor, "points"],
-    probability_of_label: Float[Tensor, "points"],
-    labels: Int[Tensor, "points"],
+    rescaled: Float[Tensor, " points"],
+    probability_of_label: Float[Tensor, " points"],
+    labels: Int[Tensor, " points"],
     *,
     n_classes: int,
     target_accuracy: float,
@@ -132,9 +132,9 @@ def _suffix_counts(y: np.ndarray, flag: np.ndarray, n_classes: int) -> np.ndarra
 
 
 def region_search_reference(
-    rescaled: Float[Tensor, "points"],
-    probability_of_label: Float[Tensor, "points"],
-    labels: Int[Tensor, "points"],
+    rescaled: Float[Tensor, " points"],
+    probability_of_label: Float[Tensor, " points"],
+    labels: Int[Tensor, " points"],
     *,
     n_classes: int,
     target_accuracy: float,
@@ -213,7 +213,7 @@ def _largest_target(
     return low / 1000
 
 
-def dkw_epsilon(n: Int[Tensor, "points"], target_accuracy: float) -> Float[Tensor, "points"]:
+def dkw_epsilon(n: Int[Tensor, " points"], target_accuracy: float) -> Float[Tensor, " points"]:
     """Half-width of the Dvoretzky–Kiefer–Wolfowitz band of an empirical distribution.
 
     ε = sqrt(ln(2/(1−α')) / (2n)), 1 for n = 0.
@@ -226,13 +226,13 @@ def dkw_epsilon(n: Int[Tensor, "points"], target_accuracy: float) -> Float[Tenso
 
 
 def admit(
-    similarity: Float[Tensor, "points"],
-    distance: Float[Tensor, "points"],
-    rescaled: Float[Tensor, "points"],
+    similarity: Float[Tensor, " points"],
+    distance: Float[Tensor, " points"],
+    rescaled: Float[Tensor, " points"],
     probabilities: Float[Tensor, "points classes"],
-    predictions: Int[Tensor, "points"],
+    predictions: Int[Tensor, " points"],
     region: Region,
-) -> Int[Tensor, "points"]:
+) -> Int[Tensor, " points"]:
     """Reason code of each point (position in REASONS; 0 = admitted).
 
     Admitted iff ⌊q'⌋ >= 1, q' >= q'_min and {c : sdm_c >= ψ_c} = {ŷ}.

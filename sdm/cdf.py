@@ -8,26 +8,26 @@ from torch import Tensor
 
 
 def per_class_sorted(
-    values: Float[Tensor, "points"],
-    labels: Int[Tensor, "points"],
+    values: Float[Tensor, " points"],
+    labels: Int[Tensor, " points"],
     n_classes: int,
-    keep: Bool[Tensor, "points"] | None = None,
-) -> list[Float[Tensor, "_"]]:
+    keep: Bool[Tensor, " points"] | None = None,
+) -> list[Float[Tensor, " _"]]:
     """The values of each true class in ascending order, optionally of the kept points only."""
     chosen = torch.ones_like(labels, dtype=torch.bool) if keep is None else keep
     return [values[chosen & (labels == c)].sort().values for c in range(n_classes)]
 
 
 def count_below(
-    ascending: Float[Tensor, "reference"], values: Float[Tensor, "points"]
-) -> Int[Tensor, "points"]:
+    ascending: Float[Tensor, " reference"], values: Float[Tensor, " points"]
+) -> Int[Tensor, " points"]:
     """#{a < v} for each value (strictly below)."""
     return torch.searchsorted(ascending, values.contiguous(), side="left")
 
 
 def distance_quantile(
-    distance: Float[Tensor, "points"], references: list[Float[Tensor, "_"]]
-) -> Float[Tensor, "points"]:
+    distance: Float[Tensor, " points"], references: list[Float[Tensor, " _"]]
+) -> Float[Tensor, " points"]:
     """d, the smallest over the classes of the share of reference distances not below d_near.
 
     d = min_c (1 − #{a ∈ A_c : a < d_near} / |A_c|),   0 for an empty A_c        [SDM Activations]

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from workbench.errors import DataError
 
-
 PAIRS_AT_ONCE = 16384
 """Close pairs measured again per step (16384 pairs of 1000 coordinates are 131 MB)."""
 
@@ -35,11 +34,11 @@ PAIRS_AT_ONCE = 16384
 class Match:
     """What the support says about each query."""
 
-    similarity: Int[Tensor, "queries"]
+    similarity: Int[Tensor, " queries"]
     """q, a count."""
-    distance: Float[Tensor, "queries"]
+    distance: Float[Tensor, " queries"]
     """d_near, the Euclidean (L2, not squared) distance to the nearest support point."""
-    nearest: Int[Tensor, "queries"]
+    nearest: Int[Tensor, " queries"]
     """Index of that point."""
 
 
@@ -49,9 +48,9 @@ class Support:
 
     points: Float[Tensor, "support width"]
     """float64 coordinates in the space in which distances are taken."""
-    labels: Int[Tensor, "support"]
+    labels: Int[Tensor, " support"]
     """True classes; a label that is no class (say -99) agrees with no prediction."""
-    predictions: Int[Tensor, "support"]
+    predictions: Int[Tensor, " support"]
     """Predicted classes."""
 
     def __post_init__(self) -> None:
@@ -59,7 +58,7 @@ class Support:
             raise DataError(f"the support has {len(self.points)} points; at least 2 are needed")
 
     @property
-    def correct(self) -> Bool[Tensor, "support"]:
+    def correct(self) -> Bool[Tensor, " support"]:
         """Which support points the model predicts correctly."""
         return self.labels == self.predictions
 
@@ -67,9 +66,9 @@ class Support:
 def match(
     support: Support,
     queries: Float[Tensor, "queries width"],
-    predictions: Int[Tensor, "queries"],
+    predictions: Int[Tensor, " queries"],
     *,
-    self_index: Int[Tensor, "queries"] | None = None,
+    self_index: Int[Tensor, " queries"] | None = None,
     max_similarity: int | None = None,
     block: int = 1024,
 ) -> Match:
@@ -178,9 +177,9 @@ def _exact_minimum(
 def match_reference(
     support: Support,
     queries: Float[Tensor, "queries width"],
-    predictions: Int[Tensor, "queries"],
+    predictions: Int[Tensor, " queries"],
     *,
-    self_index: Int[Tensor, "queries"] | None = None,
+    self_index: Int[Tensor, " queries"] | None = None,
     max_similarity: int | None = None,
 ) -> Match:
     """The same as `match` by the textbook: sort, then walk down the ranks. For reading and tests."""

@@ -77,13 +77,13 @@ class SDMResult:
 class Calibration:
     """The calibration points as the fitted model sees them; enough to recalibrate without them."""
 
-    labels: Int[Tensor, "points"]
-    predictions: Int[Tensor, "points"]
-    similarity: Float[Tensor, "points"]
-    nearest_distance: Float[Tensor, "points"]
-    distance: Float[Tensor, "points"]
+    labels: Int[Tensor, " points"]
+    predictions: Int[Tensor, " points"]
+    similarity: Float[Tensor, " points"]
+    nearest_distance: Float[Tensor, " points"]
+    distance: Float[Tensor, " points"]
     probabilities: Float[Tensor, "points classes"]
-    rescaled: Float[Tensor, "points"]
+    rescaled: Float[Tensor, " points"]
 
     def region(self, target_accuracy: float, *, finite_sample: bool = False) -> Region:
         """The high-reliability region at a target accuracy."""
@@ -190,7 +190,7 @@ def calibrate(
     adaptor: Adaptor,
     support: Support,
     hidden: Float[Tensor, "points width"],
-    labels: Int[Tensor, "points"],
+    labels: Int[Tensor, " points"],
     *,
     max_similarity: int | None = None,
 ) -> Calibration:

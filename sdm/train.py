@@ -27,7 +27,7 @@ PARAMETERS = ("weight", "bias", "head_weight", "head_bias")
 
 
 def make_splits(
-    labels: Int[Tensor, "points"],
+    labels: Int[Tensor, " points"],
     n_iterations: int,
     n_classes: int,
     streams: Streams,
@@ -82,7 +82,7 @@ class Trainer:
     def __init__(
         self,
         features: Float[Tensor, "points width"],
-        labels: Int[Tensor, "points"],
+        labels: Int[Tensor, " points"],
         splits: tuple[Int[Tensor, "runs train"], Int[Tensor, "runs calibration"]],
         streams: Streams,
         *,
