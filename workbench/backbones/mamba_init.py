@@ -1,16 +1,15 @@
 """A structured start for micro-mamba2 and micro-mamba: recall written into the short convolutions.
 
-A state-space layer is an associative memory (S ← a S + x Bᵀ, y = S C), but from the usual random
-weights these models never began to use it as one: recall from the prompt stayed at chance. So the
-first two layers begin as that memory, and training decides what becomes of it: nothing is frozen,
-and no part of the architecture is special.
+A state-space layer is an associative memory (S ← a S + x Bᵀ, y = S C), but models of this size do
+not begin to use it as one within any budget tried. So the first layers begin as that memory, and
+training decides what becomes of it: nothing is frozen, and no part of the architecture is special.
 
 The residual stream of 160 channels is divided, at the start only:
 
     0        a constant                       1-72     content code of the word
     73-96    function and category code       97-159   context slot: content of the word three back
 
-Layer 0   its convolution has the single tap lag 3, its state is bypassed (D = 1): it fills the slot.
+Layer 0   the convolution has a single tap at lag 3, the state is bypassed (D = 1): fills the slot.
 Layer 1   x = the content of this word; B = the things in the slot at lags 0-2, that is three to
           five words back ("the ball is in the park"); C = the things one or two words back, or four
           or five ("... the ball ? A").  B and C are tied: both have one state per thing (and per
@@ -18,8 +17,11 @@ Layer 1   x = the content of this word; B = the things in the slot at lags 0-2, 
           different things share almost nothing.  Decay is slow (half-life 700 words).
 Others    the usual weights, outputs scaled down.
 
-SiLU is undone by pairs of channels of opposite sign, silu(u) − silu(−u) = u, and the gated norm,
-which would turn silence into noise, by channels of constant size.
+micro-mamba has 16 states per channel, too few for that: its layers 1-4 hold a quarter of the key
+each (see `initialise_mamba`).
+
+SiLU is undone by pairs of channels of opposite sign, silu(u) − silu(−u) = u, and the gated norm of
+Mamba-2, which would turn silence into noise, by channels of constant size.
 """
 
 from __future__ import annotations
@@ -59,6 +61,9 @@ CONSTANT_SIZE = 8.0
 SLOW = 1e-3  # rate of forgetting per word: half-life ln 2 / SLOW
 VALUE_GAIN = 0.05  # output weight of the recalled word
 QUIET = 0.1  # scale of everything random
+MEMORY_LAYERS = (1, 2, 3, 4)  # of micro-mamba; micro-mamba2 needs layer 1 only
+KEY_SCALE = 0.5  # of the keys of micro-mamba before B and C
+RECALLED_SIZE = 2.0  # of a recalled word, in units of its own code
 
 
 def micro_mamba2_config(vocabulary_size: int) -> Any:
@@ -79,6 +84,26 @@ def micro_mamba2_config(vocabulary_size: int) -> Any:
         initializer_range=STD,
         residual_in_fp32=True,
         rms_norm=True,
+        tie_word_embeddings=True,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+    )
+
+
+def micro_mamba_config(vocabulary_size: int) -> Any:
+    """1.60 M parameters: width 160, 8 layers, inner width 320, state 16, tied."""
+    from transformers import MambaConfig
+
+    return MambaConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=WIDTH,
+        num_hidden_layers=8,
+        state_size=16,
+        expand=2,
+        conv_kernel=4,
+        initializer_range=STD,
+        residual_in_fp32=True,
         tie_word_embeddings=True,
         bos_token_id=BOS_ID,
         eos_token_id=EOS_ID,
@@ -266,3 +291,102 @@ def _write_memory(mixer: Any, codes: Codes, generator: torch.Generator) -> None:
     _constant_channels(mixer, parts)
     mixer.out_proj.weight[:, channels] = 0
     mixer.out_proj.weight[CONTENT, channels] = VALUE_GAIN * torch.cat([values.T, -values.T], dim=1)
+
+
+def initialise_mamba(model: Any, seed: int) -> None:
+    """Write the circuit into a freshly built MambaForCausalLM.
+
+    One layer's state of 16 cannot keep 52 keys apart, four layers' can: the key of a thing is a
+    row of a 64 × 52 matrix with orthonormal columns, of which layer l holds 16 rows; the layers'
+    outputs add up in the residual stream, so what one confuses the others cancel.
+
+    Raises:
+        ConfigError: the model has other sizes than `micro_mamba_config`.
+    """
+    config = model.config
+    shape = (config.hidden_size, config.state_size, config.intermediate_size)
+    if shape != (WIDTH, 16, INNER) or config.conv_kernel != 4 or config.num_hidden_layers < 5:
+        raise ConfigError(
+            f"width, state, inner width are {shape}, convolution {config.conv_kernel}; the "
+            f"structured start is written for ({WIDTH}, 16, {INNER}), 4 and at least 5 layers"
+        )
+    generator = torch.Generator().manual_seed(hash64(f"mamba start {seed}") >> 1)
+    codes = word_codes(config.vocab_size, generator)
+    n_layers = len(MEMORY_LAYERS)
+    keys = _orthonormal(len(codes.keys), 16 * n_layers, generator).T.split(16)
+    with torch.no_grad():
+        model.backbone.embeddings.weight.copy_(codes.table)
+        mixers = [layer.mixer for layer in model.backbone.layers]
+        for mixer in mixers:
+            mixer.out_proj.weight.mul_(QUIET)
+        _write_slot_1(mixers[0], codes)
+        for index, key in zip(MEMORY_LAYERS, keys, strict=True):
+            _write_memory_1(mixers[index], codes, key)
+
+
+def _gate_row() -> Tensor:
+    row = torch.zeros(WIDTH)
+    row[0] = GATE / (CONSTANT / math.sqrt(WIDTH) * _normalised_size(1.5))
+    return row
+
+
+def _empty_channels(mixer: Any, channels: slice) -> None:
+    """Channels that only pass their convolution on: no state, and no part in B, C and Δ."""
+    mixer.D[channels] = 1.0
+    mixer.dt_proj.weight[channels] = 0
+    mixer.dt_proj.bias[channels] = -7.0
+    mixer.x_proj.weight[:, channels] = 0
+    mixer.conv1d.weight[channels] = 0
+    mixer.conv1d.bias[channels] = 0
+    mixer.in_proj.weight[channels] = 0
+    gates = slice(INNER + channels.start, INNER + channels.stop)
+    mixer.in_proj.weight[gates] = _gate_row()
+    mixer.out_proj.weight[:, channels] = 0
+
+
+def _write_slot_1(mixer: Any, codes: Codes) -> None:
+    channels = slice(0, 2 * N_SLOT)
+    _empty_channels(mixer, channels)
+    mixer.in_proj.weight[channels, CONTENT] = torch.cat([codes.slot, -codes.slot])
+    mixer.conv1d.weight[channels, 0, 0] = 1.0  # lag 3
+    gain = STD * math.sqrt(WIDTH) / (_normalised_size(1.0) * GATE)
+    signs = torch.cat([torch.eye(N_SLOT), -torch.eye(N_SLOT)], dim=1)
+    mixer.out_proj.weight[SLOT, channels] = gain * signs
+
+
+def _write_memory_1(mixer: Any, codes: Codes, key: Tensor) -> None:
+    n_keys = len(codes.keys)
+    n_things = n_keys - len(grammar.TOPICS)
+    values = slice(0, 2 * N_CONTENT)
+    writing = slice(values.stop, values.stop + n_keys)
+    reading = slice(writing.stop, writing.stop + n_keys)
+    _empty_channels(mixer, slice(0, reading.stop))
+    size = CONTENT_SHARE * _normalised_size(1.5)
+    gains = torch.full((n_keys, 1), MATCH / (size * THING_SHARE))
+    gains[n_things:] = MATCH / size
+    eye = torch.nn.functional.pad(torch.eye(n_keys), (0, N_SLOT - n_keys))
+    inputs, taps, bias = mixer.in_proj.weight, mixer.conv1d.weight[:, 0], mixer.conv1d.bias
+    inputs[writing, SLOT] = gains * eye
+    inputs[reading, SLOT] = gains * eye
+    inputs[reading, CONTENT] = gains * codes.keys
+    taps[writing] = torch.tensor([0.0, 1, 1, 1])  # the slot at lags 0-2
+    taps[reading] = torch.tensor([0.0, 1, 1, 0])  # content and slot at lags 1 and 2
+    for channels, topics in ((writing, TOPIC_THRESHOLD), (reading, TOPIC_QUERY_THRESHOLD)):
+        bias[channels] = -THRESHOLD * MATCH
+        bias[channels.stop - n_keys + n_things : channels.stop] = -topics * MATCH
+    rank = mixer.time_step_rank
+    mixer.x_proj.weight[rank : rank + 16, writing] = KEY_SCALE * key
+    mixer.x_proj.weight[rank + 16 :, reading] = KEY_SCALE * key
+    mixer.x_proj.weight[rank:, reading.stop :] *= QUIET
+
+    content = torch.eye(N_CONTENT)
+    inputs[values, CONTENT] = torch.cat([content, -content])
+    taps[values, 3] = 1.0
+    mixer.D[values] = 0.0
+    mixer.D[values.stop : reading.stop] = 0.0
+    mixer.A_log[values] = math.log(SLOW)
+    mixer.dt_proj.bias[values] = math.log(math.e - 1)  # Δ = 1
+    # what one right key returns: the content code of the word, as large as in the embedding
+    returned = (MATCH * THRESHOLD * KEY_SCALE) ** 2 * GATE * size
+    gain = RECALLED_SIZE * CONTENT_SHARE * STD * math.sqrt(WIDTH) / returned
+    mixer.out_proj.weight[CONTENT, values] = gain * torch.cat([content, -content], dim=1)
