@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.cli import RunField, RunOptions, cli
 from workbench.errors import ConfigError
 from workbench.run import Run
+
+if TYPE_CHECKING:
+    from early_exit.model import EarlyExitModel
 
 
 @dataclass(frozen=True)
@@ -20,9 +23,10 @@ class Experiment:
     """Which exits, which prompt, how daring."""
 
     exits: Path | None = None
-    """Folder written by early_exit.train (required)."""
+    """Folder written by early_exit.train; none = untrained exits by the published placement rule,
+    for a criterion that needs no training."""
     model: str | None = None
-    """Backbone; none = the one named in the exits' config."""
+    """Backbone; none = the one named in the exits' config, or micro-mistral."""
     prompt: str | None = None
     """Text to continue; none = a built-in document with questions."""
     max_new_tokens: int = 60
@@ -69,27 +73,36 @@ def default_prompt() -> str:
     return text[: text.index(" A ") + 2] if " A " in text else text[:200]
 
 
+def load(run: Run, experiment: Experiment) -> EarlyExitModel:
+    """The backbone with its trained exits, or with untrained ones if no folder is given."""
+    from early_exit.model import EarlyExitModel
+    from workbench.models import load_model
+
+    place = {"device": run.device.device, "dtype": run.device.dtype}
+    if experiment.exits is not None:
+        return EarlyExitModel.from_pretrained(
+            experiment.model, exits_dir=experiment.exits, force=experiment.force, **place
+        )
+    if experiment.criterion == "gate":
+        raise ConfigError(
+            "--exits is missing and criterion gate needs trained gates: make some with python -m "
+            "early_exit.train --model micro-mistral and give its run folder, or use --criterion "
+            "maxprob, margin, entropy or saturation"
+        )
+    name = experiment.model or "micro-mistral"
+    model, tokenizer = load_model(name, **place)
+    return EarlyExitModel.from_backbone(model, tokenizer, name=name)
+
+
 def main(experiment: Experiment) -> dict[str, Any]:
     """Generate twice, with the full model and with exits, and compare."""
-    if experiment.exits is None:
-        raise ConfigError(
-            "--exits is missing: the folder of trained exits; make one with "
-            "python -m early_exit.train --model micro-mistral"
-        )
     with Run.open("early_exit.inference", experiment) as run:
         if run.finished:
             return run.results
-        from early_exit.model import EarlyExitModel, sampler
+        from early_exit.model import sampler
         from early_exit.report import heat_map_html, token_heat_map
 
-        device = run.device
-        model = EarlyExitModel.from_pretrained(
-            experiment.model,
-            exits_dir=experiment.exits,
-            device=device.device,
-            dtype=device.dtype,
-            force=experiment.force,
-        )
+        model = load(run, experiment)
         saved = model.config.get("thresholds", {}).get("default", 0.8)
         threshold = experiment.threshold or (float(saved),)
         prompt = experiment.prompt or default_prompt()

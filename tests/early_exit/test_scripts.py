@@ -145,10 +145,16 @@ def test_text_with_exits(trained, tmp_path):
     assert neutral["speedup_blocks"] == 1.0
 
 
+def test_text_with_untrained_exits_and_a_criterion_that_needs_none(tmp_path):
+    results = inference.main(experiment(inference, "inference.tiny", tmp_path))
+    assert results["speedup_blocks"] >= 1.0
+    assert "speedup_dynamax" not in results
+
+
 def test_mistakes_are_named(trained, tmp_path):
     options = RunOptions(root=tmp_path, threads=1)
     with pytest.raises(ConfigError, match="--exits is missing"):
-        inference.main(inference.EXPERIMENT)
+        inference.main(replace(inference.EXPERIMENT, run=options))
     with pytest.raises(ConfigError, match="--prompt is empty"):
         replace(inference.EXPERIMENT, prompt=" ")
     with pytest.raises(DataError, match="no exit_config.json"):
