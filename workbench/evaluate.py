@@ -267,17 +267,18 @@ def choice_scores(
     """
     if not items:
         raise DataError("no items to score")
-    if max_length is None:
-        text_config = model.config
-        max_length = getattr(text_config, "max_position_embeddings", None) or 2048
-    sequences, spans = [], []
+    limit = max_length or getattr(model.config, "max_position_embeddings", None) or 2048
+    sequences: list[list[int]] = []
+    spans: list[int] = []
     for number, item in enumerate(items):
         _check_item(item, number)
         for choice in item["choices"]:
             context, continuation = encode_pair(tokenizer, item["query"], choice)
             if not continuation:
                 raise DataError(f"item {number}: choice {choice!r} has no tokens")
-            ids = (context + continuation)[-max_length:]
+            ids = (context + continuation)[-int(limit) :]
+            if len(ids) < 2:
+                raise DataError(f"item {number}: no token before choice {choice!r} to predict from")
             sequences.append(ids)
             spans.append(min(len(continuation), len(ids) - 1))
     nats = _sequence_nats(model, sequences, batch_size)

@@ -150,6 +150,23 @@ def _walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield from _walk(inner, f"{path}[{index}]")
 
 
+def verify_built_in(folder: Path) -> None:
+    """Compares a shipped model with the hashes it was published with (backbones.json).
+
+    A changed bit in the weights would otherwise load without a word.
+    """
+    manifest = WEIGHTS.parent / "backbones.json"
+    if folder.parent != WEIGHTS or not manifest.is_file():
+        return
+    entry = storage.read_json(manifest).get(folder.name, {})
+    for file, key in (("model.safetensors", "sha256"), ("tokenizer.json", "tokenizer_sha256")):
+        if key in entry and storage.sha256(folder / file) != entry[key]:
+            raise DataError(
+                f"{folder / file}: altered, its SHA-256 is not the one in {manifest.name}; restore "
+                f"it (git checkout {folder.name}) or train it anew (python -m workbench.backbones)"
+            )
+
+
 def _check_weights(folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLES)
@@ -261,9 +278,10 @@ def _from_pretrained(kind: str, name: str, dtype: Any, device_map: str | None) -
         options["device_map"] = device_map
     try:
         with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, output_loading_info=True, **options
             )
+        model, info = loaded
     except Exception as error:
         raise _explain(kind, name, config, error) from error
     if plain:
@@ -343,6 +361,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
 
     if kind == "folder":
         check_folder(name, weights=False)
+        verify_built_in(Path(name))
         if not any(Path(name).glob("tokenizer*")) and not (Path(name) / "vocab.json").is_file():
             raise DataError(f"{name}: no tokenizer.json in this folder; copy the model's tokenizer")
         _check_tokenizer_file(Path(name) / "tokenizer.json")

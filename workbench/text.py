@@ -580,7 +580,7 @@ def pack_blocks(
             if wanted is not None and len(stream) >= wanted:
                 break
     if whole:
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        pad = int(tokenizer.pad_token_id or 0)
         rows = [row + [pad] * (length - len(row)) for row in rows]
     else:
         rows = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]

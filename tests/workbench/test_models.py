@@ -233,6 +233,28 @@ def test_built_in_models_load(name):
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
 
 
+def test_a_changed_bit_in_a_shipped_model_is_found(folder, monkeypatch):
+    from workbench.storage import sha256, write_json
+
+    root = folder.parent / "weights"
+    root.mkdir()
+    shipped = Path(shutil.move(folder, root / "micro-test"))
+    entry = {
+        "sha256": sha256(shipped / "model.safetensors"),
+        "tokenizer_sha256": sha256(shipped / "tokenizer.json"),
+    }
+    write_json(root.parent / "backbones.json", {"micro-test": entry})
+    monkeypatch.setattr(models, "WEIGHTS", root)
+    assert models.built_in_names() == ["micro-test"]
+    load_model("micro-test")
+    for name in ("model.safetensors", "tokenizer.json"):
+        data = (shipped / name).read_bytes()
+        (shipped / name).write_bytes(data[:-40] + bytes([data[-40] ^ 1]) + data[-39:])
+        with pytest.raises(DataError, match=f"{name}: altered"):
+            load_model("micro-test")
+        (shipped / name).write_bytes(data)
+
+
 def test_quiet_block_restores_the_library_settings():
     from transformers.utils import logging
 
