@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.drill import drill_job as job
-from workbench import run as record
-from workbench import storage
+from workbench import record, storage
 from workbench.errors import USER_ERRORS
 from workbench.run import RunOptions
 
