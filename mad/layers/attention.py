@@ -16,10 +16,6 @@ from torch import Tensor, nn
 from mad.layers.layer import Layer, head_width
 from workbench.errors import ConfigError
 
-EAGER_UP_TO = 32
-"""Longest sequence for which `kernel="auto"` writes the softmax out: a fused kernel's blocks do not
-pay for so little work."""
-
 
 def rotate(
     x: Float[Tensor, "batch heads time head"], rotary_dim: int, base: float = 10000.0
@@ -83,7 +79,7 @@ class Attention(Layer):
         rotary_dim: int | None = None,
         window: int | None = None,
         bias: bool = True,
-        kernel: Literal["auto", "sdpa", "eager"] = "auto",
+        kernel: Literal["sdpa", "eager"] = "sdpa",
     ) -> None:
         super().__init__()
         head = head_width(width, num_heads, "attention")
@@ -106,8 +102,7 @@ class Attention(Layer):
         heads = self.qkv(x).view(batch, length, 3, self.num_heads, -1)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, L, e)
         q, k = rotate(q, self.rotary_dim), rotate(k, self.rotary_dim)
-        eager = self.kernel == "eager" or (self.kernel == "auto" and length <= EAGER_UP_TO)
-        attend = attend_eager if eager else attend_sdpa
+        attend = attend_eager if self.kernel == "eager" else attend_sdpa
         mixed = attend(q, k, v, self.window)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, self.width))
 

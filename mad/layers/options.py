@@ -19,9 +19,8 @@ class AttentionOptions:
     """A position attends to itself and this many positions before it; none means all."""
     bias: bool = True
     """Biases in the four projections."""
-    kernel: Literal["auto", "sdpa", "eager"] = "auto"
-    """`eager` writes the softmax out; `sdpa` is torch's fused form; `auto` is eager for short
-    sequences."""
+    kernel: Literal["sdpa", "eager"] = "sdpa"
+    """`eager` writes the softmax out; `sdpa` is torch's fused form of it."""
 
 
 @dataclass(frozen=True)
