@@ -1,4 +1,4 @@
-"""The exemplar adaptor: one affine map to exemplar space and one to the logits.   [§2.1]
+"""The exemplar adaptor: one affine map to exemplar space and one to the logits.
 
     x = (h − μ)/σ        scalar μ, σ over all entries of the training matrix
     h' = G x + g         exemplar vector, width M (formally a convolution of kernel width D)

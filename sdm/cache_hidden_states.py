@@ -1,4 +1,4 @@
-"""Write the hidden states of a causal language model over documents into a folder.   [SDM §2.1]
+"""Write the hidden states of a causal language model over documents into a folder.   [SDM]
 
 python -m sdm.cache_hidden_states --model micro-mistral --out runs/features
 python -m sdm.cache_hidden_states --model ../models/llama --data claims.jsonl --out runs/mine

@@ -1,4 +1,4 @@
-"""The high-reliability region, sample-size bands, and who is admitted and why not.   [§2.7, §2.8]"""
+"""The high-reliability region, sample-size bands, who is admitted and why not.   [SDM v2]"""
 
 from __future__ import annotations
 

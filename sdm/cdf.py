@@ -1,4 +1,4 @@
-"""Empirical distribution functions with stated sides: how far is far, per class.   [§3.2]"""
+"""Empirical distribution functions with stated sides: how far is far, per class."""
 
 from __future__ import annotations
 

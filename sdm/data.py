@@ -284,9 +284,7 @@ def write_cache(
 ) -> Path:
     """Write a folder of features; the manifest comes last and completes it."""
     folder = Path(folder)
-    tensors = (
-        {"features": features} if answers is None else dict(features=features, answers=answers)
-    )
+    tensors = {"features": features} | ({} if answers is None else {"answers": answers})
     files = [
         storage.write_safetensors(folder / "features.safetensors", tensors),
         storage.write_text(

@@ -1,4 +1,4 @@
-"""Hidden states of any Hugging Face causal language model as features.   [§2.1]
+"""Hidden states of any Hugging Face causal language model as features.
 
     features = mean over tokens of the last layer's hidden states ‖ hidden state of the last token
 

@@ -47,7 +47,7 @@ class SDMClassifier:
         random_state: seed of all random streams.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - scikit-learn reads the settings off this signature
         self,
         *,
         target_accuracy: float = 0.95,

@@ -1,4 +1,4 @@
-"""What is admitted, how accurate it is, and for which class: tables with exact intervals.   [§5.4]"""
+"""What is admitted, how accurate it is, for which class: tables with exact intervals."""
 
 from __future__ import annotations
 

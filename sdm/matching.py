@@ -2,7 +2,7 @@
 
 Sorting the support by distance and walking down the ranks until the first disagreement counts the
 *agreeing* points that are nearer than the nearest *disagreeing* one. Hence [Universal
-Verification, §3.1]
+Verification]
 
     good = {i : ŷ_i = y_i = ŷ(x)}      r = min over the others of dist_i
     q    = #{i ∈ good : dist_i < r}    d_near = min over all of dist_i
@@ -89,23 +89,22 @@ def match(
         )
     # Moving the origin into the cloud keeps distances and shrinks the rounding error.
     origin = support.points.mean(0)
-    points = support.points - origin
-    rough = points.float()
+    rough = (support.points - origin).float()
     norms = rough.square().sum(1)
     parts = [
         _match_block(
-            points,
+            support,
             rough,
             norms,
-            support,
-            queries[start : start + block] - origin,
+            queries[start : start + block],
+            (queries[start : start + block] - origin).float(),
             predictions[start : start + block],
             None if self_index is None else self_index[start : start + block],
         )
         for start in range(0, len(queries), block)
     ]
     if not parts:
-        empty = torch.empty(0, dtype=torch.long, device=points.device)
+        empty = torch.empty(0, dtype=torch.long, device=rough.device)
         return Match(empty, empty.double(), empty.clone())
     similarity, squared, nearest = (torch.cat(part) for part in zip(*parts, strict=True))
     if max_similarity is not None:
@@ -114,16 +113,16 @@ def match(
 
 
 def _match_block(
-    points: Tensor,
+    support: Support,
     rough: Tensor,
     norms: Tensor,
-    support: Support,
     queries: Tensor,
+    low: Tensor,
     predictions: Tensor,
     self_index: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, squared nearest distance and nearest index of one block of queries."""
-    low = queries.float()
+    """q, squared nearest distance and nearest index of one block; `rough` and `low` are rounded."""
+    points = support.points
     low_norms = low.square().sum(1)
     distances = torch.addmm(norms, low, rough.T, alpha=-2).add_(low_norms[:, None])
     # Rounding error of a sum of `width` products, as a share of |u|² + |v|².
@@ -142,7 +141,7 @@ def _match_block(
 
     edge = radius.float()
     inside = agree & (distances < (edge - slack)[:, None])
-    unsure = agree & (distances <= (edge + slack)[:, None]) ^ inside
+    unsure = (agree & (distances <= (edge + slack)[:, None])) ^ inside
     count = inside.sum(1)
     rows, columns = unsure.nonzero(as_tuple=True)
     exact = _exact_squared(queries, points, rows, columns)
@@ -182,7 +181,7 @@ def match_reference(
     self_index: Int[Tensor, " queries"] | None = None,
     max_similarity: int | None = None,
 ) -> Match:
-    """The same as `match` by the textbook: sort, then walk down the ranks. For reading and tests."""
+    """The same as `match` by the textbook: sort, then walk down the ranks (for tests)."""
     similarities, distances, nearest = [], [], []
     for n in range(len(queries)):
         squared = (queries[n] - support.points).square().sum(1).tolist()

@@ -1,4 +1,4 @@
-"""One fitted SDM estimator: what it remembers, and what it says about a new point.   [§2.2-2.8]"""
+"""One fitted SDM estimator: what it remembers, and what it says about a new point."""
 
 from __future__ import annotations
 

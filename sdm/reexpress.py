@@ -1,4 +1,4 @@
-"""Train an SDM estimator, find its high-reliability region, report whom it admits.   [SDM §2]
+"""Train an SDM estimator, find its high-reliability region, report whom it admits.   [SDM]
 
     python -m sdm.reexpress                                      # built-in model and claims
     python -m sdm.reexpress --input runs/features --alpha 0.9    # a folder of cached features

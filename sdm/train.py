@@ -1,4 +1,4 @@
-"""Train the adaptor over J shuffled splits at once and keep the best epoch of each.   [§2.9]
+"""Train the adaptor over J shuffled splits at once and keep the best epoch of each.
 
 Every split j is an independent training run: its own halves, standardisation, start values,
 batch order and kept epoch. They share one optimiser over stacked parameters, which is the same
