@@ -2,7 +2,8 @@
 
     H = X X^T / N,   kept as mean mu and centred part: H = Hc + mu mu^T
 
-Products are taken in float32 over at most 4 096 rows and added up in float64, so that the result
+Products are taken and added up in float64 (on accelerators in float32 over at most 4 096 rows,
+added up in float64), so that a large mean drowns nothing, and that the result
 does not depend on how the tokens were cut into batches, and two halves merge to the whole.
 """
 
@@ -82,8 +83,8 @@ class SecondMomentAccumulator:
             bad = int((~torch.isfinite(rows)).sum())
             raise DataError(f"{bad} non-finite inputs after {self.count} tokens")
         for chunk in rows.split(ROWS_AT_ONCE):
-            chunk = chunk.float()
-            self.sum_squares += (chunk.T @ chunk).double().to(self.sum_squares.device)
+            chunk = chunk.double() if chunk.device.type == "cpu" else chunk.float()
+            self.sum_squares += (chunk.T @ chunk).to(self.sum_squares)
             self.sum += chunk.sum(0, dtype=torch.float64).to(self.sum.device)
         self.count += rows.shape[0]
 
@@ -104,7 +105,8 @@ class SecondMomentAccumulator:
         if not self.count:
             raise DataError("no calibration token reached this layer; use more or other text")
         mean = self.sum / self.count
-        centred = self.sum_squares / self.count - mean[:, None] * mean[None, :]
+        squares = (self.sum_squares + self.sum_squares.T) / (2 * self.count)
+        centred = squares - mean[:, None] * mean[None, :]
         return SecondMoment(mean.float(), centred.float(), self.count)
 
 

@@ -58,6 +58,9 @@ class LPLRQuantizedLinear(nn.Module):
         self.rank, self.factor_bits, self.rotated = rank, factor_bits, rotated
         self.mode: Literal["dequant", "cached"] = "dequant"
         self._dense: Tensor | None = None
+        self._blocks = (
+            CodebookBlocks(make_codebook(codebook, q_bits), in_features) if q_bits else None
+        )
         for name, (shape, kind) in self._layout().items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind))
         self.bias = (
@@ -166,10 +169,9 @@ class LPLRQuantizedLinear(nn.Module):
         m, n = self.out_features, self.in_features
         device = self._device()
         total = torch.zeros(m, n, device=device)
-        if self.q_bits:
-            blocks = CodebookBlocks(make_codebook(self.codebook, self.q_bits), n)
+        if self._blocks is not None:
             scale = self.q_scale.view(torch.float32)
-            total = blocks.decode_packed(self._q_streams(), self._q_tail()) * scale
+            total = self._blocks.decode_packed(self._q_streams(), self._q_tail()) * scale
         if self.rank:
             left, right = self._factor("l", m), self._factor("r", n)
             total = total + left.T @ right
@@ -180,7 +182,8 @@ class LPLRQuantizedLinear(nn.Module):
 
     def _q_streams(self) -> Tensor | None:
         """(m, n // dim, streams) codes, or None when there is no whole block."""
-        book = make_codebook(self.codebook, self.q_bits)
+        assert self._blocks is not None
+        book = self._blocks.codebook
         m, whole = self.out_features, self.in_features // book.dim
         if not whole:
             return None
@@ -194,7 +197,8 @@ class LPLRQuantizedLinear(nn.Module):
         return torch.stack(parts, dim=-1)
 
     def _q_tail(self) -> Tensor | None:
-        book = make_codebook(self.codebook, self.q_bits)
+        assert self._blocks is not None
+        book = self._blocks.codebook
         m, tail = self.out_features, self.in_features % book.dim
         if not tail:
             return None
@@ -221,6 +225,11 @@ class LPLRQuantizedLinear(nn.Module):
             signs_out, signs_in = self.signs()
             matrix = unrotate_weight(matrix, signs_out, signs_in)
         return matrix
+
+    @property
+    def weight(self) -> Float[Tensor, "m n"]:
+        """The dense matrix, for code that only looks at a linear layer's ``weight``; a copy."""
+        return self.dequantize()
 
     def set_mode(self, mode: Literal["dequant", "cached"]) -> LPLRQuantizedLinear:
         """Choose between decoding at every call and a dense copy built at the next call."""

@@ -30,7 +30,9 @@ class CompressionSettings:
     codebook: str = "e8p"
     """Codebook of Q."""
     q_bits: int | None = None
-    """Bits of Q; None tries every width that fits and keeps the smallest error."""
+    """Bits of Q; None takes the widest that fits."""
+    try_widths: int = 1
+    """With q_bits None: how many widths to try, widest first; the smallest error wins."""
     factor_bits: int = 4
     """Bits per entry of L and R."""
     rounds: int = 3
@@ -66,7 +68,7 @@ def candidates(m: int, n: int, settings: CompressionSettings) -> list[tuple[int,
             f"{settings.bits:.3f} bits per weight do not hold a {m}x{n} matrix with "
             f"q_bits={settings.q_bits or 2}: raise --bits or --overhead"
         )
-    return found
+    return found[: max(1, settings.try_widths)]
 
 
 def prepare_sublayer(

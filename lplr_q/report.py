@@ -24,13 +24,22 @@ def perplexity_figure(rows: Sequence[dict[str, Any]]) -> Any:
     for panel, source in zip(panels, sources, strict=True):
         mine = [r for r in rows if r["text"] == source]
         base = next(r for r in mine if r["method"] == METHOD_NAMES["16-bit"])
+        drawn = [
+            {
+                **r,
+                "low": base["perplexity"] * r["ratio_low"],
+                "high": base["perplexity"] * r["ratio_high"],
+            }
+            for r in mine
+            if r is not base
+        ]
         line_plot(
             panel,
-            [r for r in mine if r is not base],
+            drawn,
             x="true_bits",
             y="perplexity",
-            low="perplexity_low",
-            high="perplexity_high",
+            low="low",
+            high="high",
             series="method",
             xlabel="bits per weight, all overheads counted",
             ylabel="perplexity (log)",

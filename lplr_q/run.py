@@ -38,7 +38,9 @@ class Experiment:
     codebook: str = "e8p"
     """Codebook of Q: e8p, lloyd-max or module:factory."""
     q_bits: int | None = None
-    """Bits of Q; None tries each width that fits and keeps the smallest error."""
+    """Bits of Q; None takes the widest that fits the budget, the rest goes to L and R."""
+    try_widths: int = 1
+    """With q_bits None: widths of Q to try per layer, widest first; the smallest error wins."""
     factor_bits: int = 4
     """Bits per entry of L and R; 16 keeps them in bfloat16."""
     rounds: int = 1
@@ -99,6 +101,7 @@ def main(experiment: Experiment) -> dict:
         from workbench.models import load_model
 
         model, tokenizer = load_model(experiment.model, device=run.device.device)
+        _same_weights(run, model)
         texts = [
             load_blocks(
                 tokenizer,
@@ -127,6 +130,23 @@ def main(experiment: Experiment) -> dict:
                     rows.append(_row(text, method, bits, found["true_bits"], found["nats"], base))
                     run.log(len(rows), {f"{method}/{bits:g}/{text.name}": rows[-1]["perplexity"]})
         return _report(run, experiment, rows, layers, stored)
+
+
+def _same_weights(run: Run, model: Any) -> None:
+    """Finished units belong to the weights they were made from; refuse a model that has changed."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+    found = digest.hexdigest()
+    known = run.once("weights", lambda: {"sha256": found})["sha256"]
+    if known != found:
+        raise ConfigError(
+            f"the weights of this model have changed (sha256 {found[:12]}, this run began with "
+            f"{known[:12]}); use --fresh to begin anew"
+        )
 
 
 def _calibrate(run: Run, experiment: Experiment, model: Any, tokenizer: Any) -> Calibration:
@@ -180,6 +200,7 @@ def _settings(experiment: Experiment, bits: float) -> CompressionSettings:
         bits=bits + experiment.overhead,
         codebook=experiment.codebook,
         q_bits=experiment.q_bits,
+        try_widths=experiment.try_widths,
         factor_bits=experiment.factor_bits,
         rounds=experiment.rounds,
         inner_iterations=experiment.inner_iterations,
@@ -367,7 +388,8 @@ def _report(
         "perplexity",
         perplexity_figure(rows),
         rows,
-        caption="Perplexity against true bits per weight; bands are 95 % intervals; n = "
+        caption="Perplexity against true bits per weight; bands are 95 % intervals of the ratio to "
+        "16 bit; n = "
         + ", ".join(f"{r['n_tokens']} tokens of {r['text']}" for r in rows if r["bits"] == 16),
         alt=perplexity_alt(rows),
     )

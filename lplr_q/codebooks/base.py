@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float, Int64
@@ -40,8 +41,9 @@ class Codebook(Protocol):
         ...
 
 
+@lru_cache(maxsize=64)
 def make_codebook(name: str, bits: int) -> Codebook:
-    """Build a codebook by registry name or ``module:factory``.
+    """The codebook by registry name or ``module:factory``.
 
     Raises:
         ConfigError: unknown name, or bits this codebook does not have.

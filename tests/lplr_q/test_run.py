@@ -1,0 +1,127 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lplr_q.evaluate import load_blocks, perplexity_columns
+from lplr_q.run import EXPERIMENT, main
+from workbench.errors import ConfigError
+from workbench.run import RunOptions
+from workbench.storage import read_json
+from workbench.tables import read_csv, read_published
+from workbench.tiny import byte_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = replace(
+    EXPERIMENT,
+    model="tiny:mistral",
+    include=r"layers\.0\.mlp",
+    bits=(2.5,),
+    calibration=("microworld:world",),
+    evaluation=("microworld:world",),
+    calibration_tokens=256,
+    evaluation_tokens=256,
+    length=32,
+    inner_iterations=1,
+    sweeps=0,
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    experiment = replace(TINY, run=RunOptions(root=root, name="tiny", threads=1, device="cpu"))
+    return experiment, root / "lplr_q" / "tiny", main(experiment)
+
+
+def test_every_stage_leaves_its_artefact(finished):
+    _, folder, results = finished
+    methods = [(r["method"], r["bits"]) for r in results["rows"]]
+    assert methods == [("16 bit", 16), ("RTN", 2.5), ("GPTQ", 2.5), ("LPLR-LDLQ", 2.5)]
+    for row in results["rows"]:
+        assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+    assert results["rows"][0]["ratio"] == 1
+    for row in results["rows"][1:]:
+        assert 2 <= row["true_bits"] <= 2.5 + EXPERIMENT.overhead + 1e-9
+    assert results["stored"]["2.5"]["reload_difference"] == 0
+    for name in ("models/lplr-2.5/config.json", "figures/perplexity.svg", "report.md"):
+        assert (folder / name).is_file()
+    layers = read_csv(folder / "tables" / "layers.csv")
+    assert {row["kind"] for row in layers} == {"gate_proj", "up_proj", "down_proj"}
+    config = read_json(folder / "models" / "lplr-2.5" / "config.json")
+    assert config["quantization_config"]["quant_method"] == "lplr_q"
+
+
+def test_a_finished_run_returns_at_once_and_a_lost_unit_comes_back_equal(finished):
+    import shutil
+
+    experiment, folder, results = finished
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert main(experiment) == results
+    weights = (folder / "models" / "lplr-2.5" / "model.safetensors").read_bytes()
+    (folder / "results.json").unlink()
+    for unit in ("lplr-2.5_model.layers.0.mlp.down_proj", "evaluate_gptq-2.5"):
+        shutil.rmtree(folder / "units" / unit)
+    again = main(experiment)
+    assert again["rows"] == results["rows"]
+    assert (folder / "models" / "lplr-2.5" / "model.safetensors").read_bytes() == weights
+    assert len((folder / "metrics.jsonl").read_bytes().splitlines()) == len(before.splitlines())
+
+
+def test_other_weights_under_the_same_name_are_refused(finished, monkeypatch):
+    import workbench.models
+
+    experiment, folder, _ = finished
+    (folder / "results.json").unlink(missing_ok=True)
+    load = workbench.models.load_model
+
+    def changed(*args, **kwargs):
+        model, tokenizer = load(*args, **kwargs)
+        model.get_input_embeddings().weight.data[5, 0] += 1
+        return model, tokenizer
+
+    monkeypatch.setattr(workbench.models, "load_model", changed)
+    with pytest.raises(ConfigError, match="use --fresh to begin anew"):
+        main(experiment)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": ()}, "bits is empty"),
+        ({"bits": (9.0,)}, "choose budgets from 1 to 8"),
+        ({"overhead": -1.0}, "overhead"),
+        ({"rounds": 0}, "nothing would be decomposed"),
+        ({"length": 2}, "too small"),
+    ],
+)
+def test_settings_that_cannot_work(change, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(TINY, **change)
+
+
+def test_a_budget_below_the_codes_says_what_to_raise(tmp_path):
+    run = RunOptions(root=tmp_path, threads=1, device="cpu")
+    with pytest.raises(ConfigError, match="raise --bits or --overhead"):
+        main(replace(TINY, bits=(1.5,), methods=("lplr-ldlq",), run=run))
+
+
+def test_blocks_mark_padding():
+    tokenizer = byte_tokenizer()
+    blocks = load_blocks(tokenizer, "microworld:world", tokens=2048, length=512, split="test")
+    assert blocks.tokens.shape == (4, 512)
+    assert torch.equal(blocks.counted, blocks.tokens != tokenizer.pad_token_id)
+    assert blocks.n_tokens == int(blocks.counted.sum())
+    nats = torch.rand(4, 511)
+    columns = perplexity_columns(blocks, nats, nats)
+    assert columns["ratio"] == 1
+    assert columns["n_tokens"] == int(blocks.counted[:, 1:].sum())
+    with pytest.raises(ConfigError, match="one row already has"):
+        load_blocks(tokenizer, "microworld:world", tokens=10, length=512, split="test")
+
+
+def test_published_figures_are_readable():
+    rows = read_published(ROOT / "lplr_q" / "published.csv")
+    tables = {row["table"] for row in rows}
+    assert tables == {"caldera-ppl", "qtip-ppl", "bits", "throughput", "gaussian-mse"}
