@@ -19,6 +19,7 @@ from workbench.backbones.manifest import WEIGHTS, load_folder, publish, read_man
 from workbench.backbones.mistral_init import initialise_mistral, start_report
 from workbench.backbones.muon import Muon, orthogonalise
 from workbench.backbones.recipes import (
+    FULL_CURRICULUM,
     MICRO_MISTRAL,
     RECIPES,
     TINY,
@@ -186,7 +187,7 @@ def test_weighted_loss_in_closed_form():
 
 
 def test_the_curriculum_follows_the_budget():
-    recipe = replace(MICRO_MISTRAL, tokens=2048 * 100)
+    recipe = replace(MICRO_MISTRAL, tokens=2048 * 100, curriculum=FULL_CURRICULUM)
     assert recipe.steps == 100
     lengths = [recipe.stage(step).length for step in (1, 35, 36, 100)]
     assert lengths == [256, 256, 512, 512]
