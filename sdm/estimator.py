@@ -240,7 +240,8 @@ class SDMClassifier:
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable label of every row, trusted or not."""
-        return self.classes_[self.score_result(X).prediction]
+        result = self.score_result(X)
+        return self.classes_[result.prediction]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """sdm(z') of every row; columns follow `classes_`."""
