@@ -31,16 +31,22 @@ from workbench.tables import columns_of, format_value, is_numeric_column, read_c
 TEMPLATE = "report_template.html.j2"
 MAX_ROWS = 40
 """Rows of a table shown in the page; the rest is in the CSV."""
-MAX_SVG_BYTES = 350_000
-"""A larger drawing is embedded as its PNG."""
+MAX_SVG_BYTES = 5_000_000
+"""A larger file is not even read."""
+MAX_MARKUP_BYTES = 150_000
+"""A drawing that stays larger than this is embedded as its PNG if that is smaller."""
 MAX_PNG_BYTES = 2_000_000
-BESIDE_COLUMNS, BESIDE_ROWS = 5, 14
+BESIDE_COLUMNS, BESIDE_ROWS = 5, 18
 """Size up to which the first table stands beside a single figure."""
 WIDE = 2.1
 """Width over height from which a figure takes the whole width of the page."""
 SEARCH_DEPTH = 4
 HEADLINES = 3
 """The first so many numbers of a run's results stand on its card."""
+_MINOR = re.compile(
+    r"seconds|(^|_)(n|low|high|seed|steps?|epochs?|iterations?|parameters|width|chance|ceiling)(_|$)"
+)
+"""Results that are settings, counts or ends of intervals: no headline while there are others."""
 
 _COLOURS = {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--figure)"}
 _DRAWING = ("path", "rect", "circle", "ellipse", "line", "polyline", "polygon", "image", "use")
@@ -146,11 +152,6 @@ def read_section(folder: Path, number: int) -> Section:
         for key, value in record["values"].items()
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     ]
-    headlines = [
-        (label_of(key), format_value(value, 3))
-        for key, value in record["values"].items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and "seconds" not in key
-    ][:HEADLINES]
     figures = [_figure(folder, f"r{number}f{i}", f) for i, f in _entries(record, "figures")]
     tables = [
         read_table(_inside(folder, "tables", f, ".csv"), str(f.get("caption", "")))
@@ -163,7 +164,7 @@ def read_section(folder: Path, number: int) -> Section:
         title=str(record.get("title") or folder.name),
         question=str(record.get("question", "")),
         summary=str(record.get("summary", "")),
-        headlines=headlines,
+        headlines=headlines_of(record["values"]),
         figures=figures,
         tables=tables,
         beside=len(figures) == 1
@@ -179,6 +180,17 @@ def read_section(folder: Path, number: int) -> Section:
         folder=folder.as_posix(),
         environment=environment,
     )
+
+
+def headlines_of(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """The first three results that are no settings, counts or interval ends, in their own order."""
+    numbers = {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    major = [key for key in numbers if not _MINOR.search(key)] or list(numbers)
+    return [(label_of(key), format_value(numbers[key], 3)) for key in major[:HEADLINES]]
 
 
 def _entries(record: dict[str, Any], key: str) -> list[tuple[int, dict[str, Any]]]:
@@ -250,12 +262,16 @@ def _figure(folder: Path, prefix: str, entry: dict[str, Any]) -> Figure:
 
 def _markup(svg: Path, prefix: str, caption: str, alt: str) -> str:
     png = svg.with_suffix(".png")
+    drawing = ""
     if svg.is_file() and svg.stat().st_size <= MAX_SVG_BYTES:
-        return safe_svg(svg.read_text(encoding="utf-8"), prefix, caption, alt, svg)
-    if png.is_file() and png.stat().st_size <= MAX_PNG_BYTES:
+        drawing = safe_svg(svg.read_text(encoding="utf-8"), prefix, caption, alt, svg)
+    if drawing and len(drawing) <= MAX_MARKUP_BYTES:
+        return drawing
+    size = png.stat().st_size * 4 // 3 if png.is_file() else MAX_PNG_BYTES
+    if size < (len(drawing) or MAX_PNG_BYTES):
         data = base64.b64encode(png.read_bytes()).decode("ascii")
         return f'<img alt={quoteattr(alt or caption)} src="data:image/png;base64,{data}">'
-    return f"<p>The drawing {escape(svg.name)} is missing or too large to embed.</p>"
+    return drawing or f"<p>The drawing {escape(svg.name)} is missing or too large to embed.</p>"
 
 
 def safe_svg(text: str, prefix: str, title: str, description: str, where: Path | str = "") -> str:
@@ -308,6 +324,8 @@ def _write(element: ElementTree.Element, prefix: str) -> str:
             value = f"#{prefix}-{value[1:]}" if value.startswith("#") else value
         elif key == "id":
             value = f"{prefix}-{value}"
+        elif key in ("d", "points", "x", "y", "width", "height"):
+            value = re.sub(r"(\.\d\d)\d+", r"\1", value)  # hundredths of a point suffice
         else:
             value = _safe_style(value, prefix)
         attributes.append(f" {key}={quoteattr(value)}")
@@ -339,6 +357,56 @@ def _safe_style(value: str, prefix: str) -> str:
 # ---------------------------------------------------------------- the page
 
 
+@dataclass(frozen=True)
+class Card:
+    """One package on the overview: its main run, and links to its others."""
+
+    package: str
+    main: Section
+    others: list[Section]
+
+
+def split_parts(sections: Sequence[Section]) -> tuple[list[Section], dict[str, list[Section]]]:
+    """(own runs, parts by anchor): a run started by another script is a part of that one's run.
+
+    `python -m mad.compare` makes a run of mad.train per layer; the page shows these as lines of a
+    table below the comparison. Without the other run in the page, they stay runs of their own.
+    """
+    parts: dict[str, list[Section]] = {}
+    own = []
+    for section in sections:
+        parent = next(
+            (
+                other
+                for other in sections
+                if other is not section
+                and other.command == section.command
+                and _started(section.command, other)
+                and not _started(section.command, section)
+            ),
+            None,
+        )
+        if parent is None:
+            own.append(section)
+        else:
+            parts.setdefault(parent.anchor, []).append(section)
+    return own, parts
+
+
+def _started(command: str, section: Section) -> bool:
+    return f"-m {section.package}.{section.script} " in f"{command} "
+
+
+def cards_of(sections: Sequence[Section]) -> list[Card]:
+    """One card per package; its main run is the last one with a figure, else the last."""
+    cards = []
+    for package in dict.fromkeys(section.package for section in sections):
+        members = [section for section in sections if section.package == package]
+        main_run = next((s for s in reversed(members) if s.figures), members[-1])
+        cards.append(Card(package, main_run, [s for s in members if s is not main_run]))
+    return cards
+
+
 def render(
     finished: Sequence[Path],
     unfinished: Sequence[Path] = (),
@@ -353,6 +421,7 @@ def render(
     sections = [read_section(folder, number) for number, folder in enumerate(finished, 1)]
     if order == "time":
         sections.sort(key=lambda section: str(section.environment.get("started", "")))
+    sections, parts = split_parts(sections)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -366,6 +435,8 @@ def render(
         title=title,
         introduction=introduction,
         sections=sections,
+        parts=parts,
+        cards=cards_of(sections),
         unfinished=[folder.as_posix() for folder in unfinished],
         total_seconds=sum(section.seconds for section in sections),
         packages=list(dict.fromkeys(section.package for section in sections)),

@@ -201,17 +201,22 @@ def test_what_is_no_drawing_is_refused(text, message):
 def test_a_huge_drawing_becomes_its_picture(tmp_path):
     folder = make(tmp_path, "mad")
     svg = folder / "figures" / "curve.svg"
-    svg.write_text(svg.read_text(encoding="utf-8") + " " * 400_000, encoding="utf-8")
+    points = "".join(f'<path d="M{i} 0L{i} 9"/>' for i in range(9000))
+    text = svg.read_text(encoding="utf-8").replace("</svg>", points + "</svg>")
+    svg.write_text(text, encoding="utf-8")
     images = Page(render([folder])).all("img")
     assert len(images) == 1
     assert images[0]["alt"] == "plain falls"
     assert images[0]["src"].startswith("data:image/png;base64,")
     (folder / "figures" / "curve.png").unlink()
+    assert len(Page(render([folder])).all("svg")) == 1  # better large than absent
+    svg.unlink()
     assert "missing or too large" in render([folder])
 
 
 def test_long_tables_are_cut_and_say_so(tmp_path):
     html = render([make(tmp_path, "mad", rows=100)])
+    assert html.count("<tr>") < 60
     assert "60 more rows in scores.csv" in html
 
 
@@ -239,6 +244,35 @@ def test_runs_are_found_below_folders_and_unfinished_ones_listed(runs, tmp_path)
         find_runs([half])
     with pytest.raises(DataError, match="no such run folder"):
         find_runs([root / "none"])
+
+
+def test_runs_of_another_script_are_its_parts_and_each_package_has_one_card(tmp_path):
+    folders = {name: make(tmp_path, "mad", k=k) for k, name in enumerate(("one", "two", "all"))}
+    folders["sdm"] = make(tmp_path, "sdm")
+    for name, folder in folders.items():
+        path = folder / "results.json"
+        record = json.loads(path.read_text(encoding="utf-8"))
+        package = "sdm.train" if name == "sdm" else "mad.compare"
+        record["command"] = f"python -m {package} --k 3"
+        record["script"] = "compare" if name == "all" else "train"
+        record["title"] = f"title {name}"
+        path.write_text(json.dumps(record), encoding="utf-8")
+    page = Page(render(list(folders.values()), order="given"))
+    text = " ".join(" ".join(page.text).split())
+    assert "2 runs it consists of" in text
+    assert text.count("How this was made") == 2
+    cards = [a for a in page.all("div") if str(a.get("class", "")).startswith("card ")]
+    assert len(cards) == 2
+    alone = Page(render([folders["one"], folders["two"]]))  # without the comparison: own runs
+    assert " ".join(alone.text).count("How this was made") == 2
+
+
+def test_headlines_are_results_not_settings():
+    from workbench.report import headlines_of
+
+    values = {"n_rows": 3, "best_epoch": 7, "test_accuracy": 0.9, "test_accuracy_low": 0.8, "q": 2}
+    assert headlines_of(values) == [("test accuracy", "0.9"), ("q", "2")]
+    assert headlines_of({"steps": 4, "ok": True}) == [("steps", "4")]
 
 
 def test_order_is_by_start_or_as_given(tmp_path):
