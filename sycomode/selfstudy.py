@@ -225,7 +225,7 @@ def study(
     shards, seen, counts = [], set[str](), {"empty": 0, "repeated": 0, "exam": 0}
 
     def text_of(row: list[int]) -> str:
-        return tokenizer.decode(row, skip_special_tokens=True)
+        return str(tokenizer.decode(row, skip_special_tokens=True))
 
     def draw(index: int) -> dict[str, Any]:
         rows = sample(

@@ -16,10 +16,11 @@ needed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -462,19 +463,27 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+@contextlib.contextmanager
+def _peft_apart() -> Iterator[None]:
+    """PEFT draws from the global generator and warns about transformers: neither gets out."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
 def _adapted(model: PreTrainedModel, config: Any) -> Any:
-    """PEFT's model over the same weights; the global generator stays as it was."""
+    """PEFT's model over the same weights."""
     from peft import get_peft_model
 
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, not ours
+    with _peft_apart():
         return get_peft_model(sharing_copy(model), config)
 
 
 def _peft(model: PreTrainedModel, directory: Path) -> nn.Module:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(sharing_copy(model), str(directory)).eval()
+    with _peft_apart():
+        return PeftModel.from_pretrained(sharing_copy(model), str(directory)).eval()
 
 
 def _write_folder(directory: Path, write: Callable[[str], Any]) -> None:
