@@ -188,6 +188,36 @@ def test_every_configuration_parses(path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["micro-mistral", "micro-mamba2"])
+def test_exits_of_a_trained_model_beat_one_exit_for_all(name, tmp_path):
+    from workbench.models import built_in_names
+    from workbench.tables import read_csv
+
+    if name not in built_in_names():
+        pytest.skip(f"{name} is not shipped")
+    given = replace(
+        sweep.EXPERIMENT,
+        model=name,
+        at=(3, 5),
+        train_tokens=6000,
+        choose_tokens=2000,
+        test_tokens=3000,
+        steps=100,
+        translator_steps=60,
+        speedups=(1.25,),
+        decode_documents=3,
+        new_tokens=24,
+        run=RunOptions(root=tmp_path, threads=1),
+    )
+    results = sweep.main(given)
+    (folder,) = (tmp_path / "early_exit").glob("sweep_thresholds-*")
+    rows = read_csv(folder / "tables" / "baselines.csv")
+    fixed = next(row for row in rows if row["method"] == "fixed exit 5")  # 8/6 = 1.33×
+    assert results["simulated_1.25x_agreement"] > float(fixed["agreement"]) + 0.02
+    assert results["mean_auroc_gate"] > 0.7
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["train", "inference", "sweep_thresholds"])
 def test_help_and_typos(script, run_module):
     shown = run_module(f"early_exit.{script}", "--help")
