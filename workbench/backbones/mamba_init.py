@@ -213,7 +213,8 @@ def initialise_mamba2(model: Any, seed: int) -> None:
 def _parts(mixer: Any) -> dict[str, Tensor]:
     """Views of the rows of in_proj and of the convolution: z, x, B, C and dt."""
     sizes = [INNER, INNER, 64, 64, mixer.num_heads]
-    rows = dict(zip(("z", "x", "B", "C", "dt"), mixer.in_proj.weight.split(sizes), strict=True))
+    blocks = mixer.in_proj.weight.split(sizes)
+    rows: dict[str, Tensor] = dict(zip(("z", "x", "B", "C", "dt"), blocks, strict=True))
     taps = mixer.conv1d.weight[:, 0].split(sizes[1:4])
     bias = mixer.conv1d.bias.split(sizes[1:4])
     for name, tap, shift in zip(("x", "B", "C"), taps, bias, strict=True):
