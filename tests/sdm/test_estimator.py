@@ -6,8 +6,6 @@ import json
 
 import numpy as np
 import pytest
-from sklearn.base import clone, is_classifier
-from sklearn.model_selection import cross_val_score
 
 from sdm import SDMClassifier
 from workbench.errors import CheckpointError, ConfigError, DataError
@@ -53,6 +51,9 @@ def test_an_explanation_names_the_nearest_training_rows(fitted):
 
 
 def test_it_follows_the_conventions(fitted):
+    from sklearn.base import clone, is_classifier
+    from sklearn.model_selection import cross_val_score
+
     copy = clone(fitted)
     assert copy.get_params() == fitted.get_params()
     assert not hasattr(copy, "models_")
