@@ -2,9 +2,10 @@
 
     python benchmarks/lplr_q/ldlq.py
 
-Lazy-batched LDLQ against one full-width product per block, the class search of the E8P encoder against
-scoring all 256 patterns, and the fast Hadamard transform against a dense product. Both forms of a pair
-are timed alternately; the ratio of the smallest CPU times is printed and written to ldlq.csv.
+Lazy-batched LDLQ against one full-width product per block, the class search of the E8P encoder
+against scoring all 256 patterns, and the fast Hadamard transform against a dense product. Both
+forms of a pair are timed alternately; the ratio of the smallest CPU times is printed and written
+to ldlq.csv.
 """
 
 import argparse

@@ -98,14 +98,6 @@ def test_gradients_reach_the_input():
     )
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call:UserWarning")
-def test_graph_is_captured_whole():
-    _, layer = compressed(rank=2, q_bits=3)
-    x = torch.randn(3, layer.in_features)
-    captured = torch.compile(layer, fullgraph=True, backend="eager")
-    torch.testing.assert_close(captured(x), layer(x))
-
-
 def test_cached_matrix_is_dropped_by_a_cast_and_a_change_of_mode():
     _, layer = compressed()
     model = torch.nn.Sequential(layer)
