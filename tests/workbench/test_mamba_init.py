@@ -7,6 +7,7 @@ import torch
 from workbench.backbones import mamba_init
 from workbench.backbones.batches import Encoder
 from workbench.backbones.mamba_init import CONTENT, SLOT
+from workbench.backbones.manifest import WEIGHTS, read_manifest
 from workbench.backbones.recipes import find_recipe
 from workbench.backbones.training import build_model
 from workbench.errors import ConfigError
@@ -101,3 +102,48 @@ def test_another_size_is_refused():
     model = Mamba2ForCausalLM(Mamba2Config(num_heads=4, head_dim=32, n_groups=1, **small))
     with pytest.raises(ConfigError, match="160, 64, 32, 1"):
         mamba_init.initialise_mamba2(model, 0)
+
+
+# ── the shipped weights ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def shipped(request):
+    import transformers
+
+    recipe = find_recipe(request.param)
+    stock = getattr(transformers, recipe.architecture)
+    return stock.from_pretrained(str(WEIGHTS / request.param), dtype=torch.float32).eval()
+
+
+def test_shipped_weights_load_in_the_stock_class_and_the_hook_changes_nothing(shipped):
+    sample = next(documents(1, 5))
+    ids = torch.tensor([sample.ids])
+    with torch.no_grad():
+        stock = shipped(input_ids=ids, use_cache=False).logits
+        with fast_mamba():
+            ours = shipped(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_shipped_weights_continue_a_cached_document_by_whole_questions(shipped):
+    sample = next(documents(1, 5))
+    ids = torch.tensor([sample.ids])
+    cut = ids.shape[1] // 2
+    with torch.no_grad(), fast_mamba():
+        full = shipped(input_ids=ids, use_cache=False).logits
+        head = shipped(input_ids=ids[:, :cut], use_cache=True)
+        tail = shipped(input_ids=ids[:, cut:], cache_params=head.cache_params, use_cache=True)
+    torch.testing.assert_close(tail.logits, full[:, cut:], rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_models_are_shipped_for():
+    figures = {name: read_manifest()[name]["figures"] for name in NAMES}
+    mamba2, mamba = figures["micro-mamba2"], figures["micro-mamba"]
+    assert mamba2["world/ask_stated"] >= 0.95
+    assert mamba2["world/claim_stated"] >= 0.85
+    assert all(mamba2[f"documents/{n}_facts"] >= 0.6 for n in (8, 16, 24, 40))
+    assert mamba["world/ask_stated"] >= 0.9
+    for one in figures.values():  # what was never stated is not known
+        assert one["world/ask_held_out"] <= 0.15
+        assert 0.4 <= one["world/claim_held_out"] <= 0.6
