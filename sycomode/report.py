@@ -48,7 +48,8 @@ def retention_figure(run: Run, rows: Sequence[dict[str, Any]], n: int) -> None:
     """Recovery against in-context retention, one point per arm, both with intervals."""
     from workbench.plots import INK, MARKERS, PALETTE, TEXT_POINTS, new_figure
 
-    shown = [row for row in rows if row["recovery"] is not None]
+    # the bare model is the point (1, 0) by definition
+    shown = [row for row in rows if row["recovery"] is not None and row["arm"] != "no_prompt"]
     if not shown:
         return
     figure, axes = new_figure(6.4, 4.2)
@@ -76,7 +77,7 @@ def retention_figure(run: Run, rows: Sequence[dict[str, Any]], n: int) -> None:
     axes.set_xlabel("in-context ability kept (1 = untouched model)", fontsize=TEXT_POINTS)
     axes.set_ylabel("recovery on held-out wordings (1 = with prompt)", fontsize=TEXT_POINTS)
     axes.set_title("What arrived, and what was lost", fontsize=TEXT_POINTS + 1, loc="left")
-    axes.legend(fontsize=TEXT_POINTS - 1, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    _legend_below(axes)
     points = "; ".join(
         f"{LABELS.get(r['arm'], r['arm'])}: recovery {r['recovery']:.2f}, retention "
         f"{r['icl_retention']:.2f}, perplexity × {r['ppl_ratio']:.2f}"
@@ -91,6 +92,20 @@ def retention_figure(run: Run, rows: Sequence[dict[str, Any]], n: int) -> None:
             "questions in held-out wordings. The top right corner is the goal."
         ),
         alt=points,
+    )
+
+
+def _legend_below(axes: Any) -> None:
+    """Names under the panel, where they hide no data."""
+    from workbench.plots import INK, TEXT_POINTS
+
+    axes.legend(
+        fontsize=TEXT_POINTS - 1,
+        labelcolor=INK,
+        frameon=False,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+        ncols=2,
     )
 
 
@@ -113,6 +128,7 @@ def curve_figure(run: Run, curves: Sequence[dict[str, Any]], n: int) -> None:
         title="How fast a prompt moves in",
         reference={"with prompt": 1.0},
     )
+    _legend_below(axes)
     last = {row["arm"]: row["recovery"] for row in named}
     ends = "; ".join(f"{arm} ends at {value:.2f}" for arm, value in last.items())
     run.figure(
