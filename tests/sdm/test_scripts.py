@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,10 +58,11 @@ def test_files_in_report_and_model_out(experiment, tmp_path):
     assert values["sdm_region/known/accuracy"] > 0.9
     assert values["sdm_region/known/admitted_share"] > 0.2
     assert values["sdm_region/far/admitted_share"] == 0.0
-    (folder,) = (tmp_path / "runs" / "sdm").iterdir()
+    (folder,) = (p for p in (tmp_path / "runs" / "sdm").iterdir() if p.is_dir())
     for name in ("model/config.json", "report.md", "figures/selection.png", "tables/reasons.csv"):
         assert (folder / name).is_file()
-    lines = [json.loads(x) for x in open(files["prediction_output_file"], encoding="utf-8")]
+    text = Path(files["prediction_output_file"]).read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
     assert len(lines) == 80
     assert {row["reason"] for row in lines if row["valid_index__lower"]} == {"admitted"}
 
@@ -80,7 +82,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(experiment, tmp_path, mon
     from sdm.train import Trainer
 
     whole = reexpress.main(experiment)
-    (first,) = (tmp_path / "runs" / "sdm").iterdir()
+    (first,) = (p for p in (tmp_path / "runs" / "sdm").iterdir() if p.is_dir())
     second_root = dataclasses.replace(experiment.run, root=tmp_path / "again")
     broken = dataclasses.replace(experiment, run=second_root)
     original = Trainer.run_epoch
@@ -95,7 +97,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(experiment, tmp_path, mon
         reexpress.main(broken)
     monkeypatch.setattr(Trainer, "run_epoch", original)
     assert reexpress.main(broken) == whole
-    (second,) = (tmp_path / "again" / "sdm").iterdir()
+    (second,) = (p for p in (tmp_path / "again" / "sdm").iterdir() if p.is_dir())
     for name in ("weights", "support", "calibration"):
         file = f"model/{name}.safetensors"
         assert sha256(first / file) == sha256(second / file)
@@ -126,7 +128,7 @@ def test_damaged_input_stops_before_training(experiment, tmp_path):
         with pytest.raises(DataError, match=match):
             reexpress.main(experiment)
     wide = write_features(tmp_path / "eval.jsonl", 10, 0)
-    data = [json.loads(line) for line in open(wide, encoding="utf-8")]
+    data = [json.loads(line) for line in Path(wide).read_text(encoding="utf-8").splitlines()]
     text = "".join(json.dumps(row | {"embedding": [1.0, 2.0]}) + "\n" for row in data)
     (tmp_path / "eval.jsonl").write_text(text, encoding="utf-8")
     (tmp_path / "train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
