@@ -60,7 +60,7 @@ test-extras: $(VENV)-extras/.done
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	OMP_NUM_THREADS=1 $(QUIET) $(BIN)/python -m pytest tests/test_architecture.py tests/test_repository.py
 
 bench: $(VENV)/.core

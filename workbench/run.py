@@ -90,6 +90,7 @@ class Run:
         self.phase = "train"
         self._record: dict[str, Any] = {}
         self._device: Device | None = None
+        self._environment: dict[str, Any] = {}
         self._signal = 0
         self._buffer: list[str] = []
         self._metrics_bytes = 0
@@ -256,9 +257,9 @@ class Run:
         if checkpoint:
             self._seconds_before = float(checkpoint["seconds"])
         self._install_signal_handlers()
-        environment = describe_environment()
-        storage.write_json(self.directory / "environment.json", environment)
-        self.note(f"{environment['command']}   [{self.directory}]", console=False)
+        self._environment = describe_environment()
+        storage.write_json(self.directory / "environment.json", self._environment)
+        self.note(f"{self._environment['command']}   [{self.directory}]", console=False)
         if self.options.wandb:
             from workbench.integrations.wandb import start_tracker
 
@@ -312,6 +313,9 @@ class Run:
             options = self.options
             self._device = choose(options.device, options.dtype, options.threads)
             self.note(f"computing on {self._device.describe()}")
+            if not self.finished:
+                self._environment["device"] = self._device.describe()
+                storage.write_json(self.directory / "environment.json", self._environment)
         return self._device
 
     @property
