@@ -114,7 +114,7 @@ def draw_comparison(run: Run, runs: Sequence[Results]) -> None:
     """Learning curves (left) and final test accuracies (right), one line of panels per task."""
     import numpy as np
 
-    from workbench.plots import bar_plot, line_plot, new_figure
+    from workbench.plots import INK, PALETTE, bar_plot, line_plot, new_figure
 
     tasks = list(dict.fromkeys(one["task"] for one in runs))
     curves, scores = curve_rows(runs), comparison_rows(runs)
@@ -144,6 +144,20 @@ def draw_comparison(run: Run, runs: Sequence[Results]) -> None:
             reference=references(first),
         )
         line[1].set_xlim(0, 1.15)
+        for index, bar in enumerate(line[1].patches):  # a stack's bar has the colour of its curve
+            bar.set_facecolor(PALETTE[index % len(PALETTE)])
+        if line[0].get_legend() is not None:
+            line[0].get_legend().remove()
+    handles, names = np.atleast_2d(axes)[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=9,
+    )
     numbers = "; ".join(f"{row['task']} {row['stack']}: {row['accuracy']:.3f}" for row in scores)
     seen = sorted({row["n_rows"] for row in scores})
     run.figure(
