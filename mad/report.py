@@ -169,10 +169,10 @@ def draw_comparison(run: Run, runs: Sequence[Results]) -> None:
         f"n = {' and '.join(map(str, seen))} rows per bar, one seed. Dotted: chance.",
         alt=f"Test accuracies. {numbers}.",
     )
+    run.table("comparison", scores, caption="Test accuracy by task and stack.")
     run.table(
         "curves", curves, caption="Validation accuracy during training (the lines of the figure)."
     )
-    run.table("comparison", scores, caption="Test accuracy by task and stack.")
 
 
 def summarize(runs: Sequence[Results]) -> str:
