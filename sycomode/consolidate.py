@@ -99,6 +99,10 @@ class Experiment:
     """Words that never follow it in self-study: the microworld's held-out wordings."""
     unrelated: tuple[str, ...] = ("microworld:world", "microworld:text")
     """Sources of unrelated text, train split for the guard, test split for the exam."""
+    n_others: int = 6
+    """Other documents in the exam of in-context ability."""
+    n_unrelated: int = 24
+    """Unrelated texts in the exam."""
     evaluate_every: int = 25
     """Steps between points of the learning curve."""
     require_recovery: float | None = None
@@ -121,6 +125,7 @@ class Experiment:
         least = {"steps": 1, "rows": 1, "guard_rows": 0, "rank": 1, "memory_tokens": 1}
         least |= {"kv_tokens": 2, "conversations": 2, "conversation_tokens": 4, "n_facts": 2}
         least |= {"top_k": 0, "evaluate_every": 1, "document": 0}
+        least |= {"n_others": 1, "n_unrelated": 2}
         for field, value in least.items():
             if getattr(self, field) < value:
                 raise ConfigError(f"{field}={getattr(self, field)}: expected at least {value}")
@@ -222,6 +227,8 @@ def _task(e: Experiment) -> Task:
         n_facts=e.n_facts,
         banned_openings=e.banned_openings,
         question_mark=e.question_mark,
+        n_others=e.n_others,
+        n_unrelated=e.n_unrelated,
         unrelated=e.unrelated,
     )
 
