@@ -75,7 +75,13 @@ def cache(run: Run, experiment: Experiment, out: Path) -> dict[str, Any]:
     import torch
 
     from sdm.data import claim_documents, read_documents, write_cache
-    from sdm.embed import answer_ids, batches_by_length, encode, hidden_states
+    from sdm.embed import (
+        answer_ids,
+        batches_by_length,
+        encode,
+        hidden_states,
+        weights_fingerprint,
+    )
     from workbench.microworld import World
     from workbench.models import load_model
 
@@ -90,6 +96,11 @@ def cache(run: Run, experiment: Experiment, out: Path) -> dict[str, Any]:
         documents = read_documents(experiment.data)
     device = run.device
     model, tokenizer = load_model(experiment.model, device=device.device)
+    digest = weights_fingerprint(model)
+    if run.once("weights", lambda: {"sha256": digest})["sha256"] != digest:
+        raise ConfigError(
+            f"{run.directory}: begun with other weights of {experiment.model}; use --fresh"
+        )
     texts = [experiment.prompt_template.replace("{document}", d["document"]) for d in documents]
     rows = encode(tokenizer, texts, experiment.max_length)
     words = answer_ids(tokenizer, experiment.answers)
@@ -125,6 +136,7 @@ def cache(run: Run, experiment: Experiment, out: Path) -> dict[str, Any]:
         answers,
         documents,
         model=experiment.model,
+        weights_sha256=digest,
         layer=experiment.layer,
         pooling=experiment.pooling,
         prompt_template=experiment.prompt_template,

@@ -58,7 +58,7 @@ def test_files_in_report_and_model_out(experiment, tmp_path):
     assert values["sdm_region/known/accuracy"] > 0.9
     assert values["sdm_region/known/admitted_share"] > 0.2
     assert values["sdm_region/far/admitted_share"] == 0.0
-    (folder,) = (p for p in (tmp_path / "runs" / "sdm").iterdir() if p.is_dir())
+    (folder,) = (p for p in (tmp_path / "runs" / "sdm").iterdir() if (p / "model").is_dir())
     for name in ("model/config.json", "report.md", "figures/selection.png", "tables/reasons.csv"):
         assert (folder / name).is_file()
     text = Path(files["prediction_output_file"]).read_text(encoding="utf-8")
@@ -82,7 +82,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(experiment, tmp_path, mon
     from sdm.train import Trainer
 
     whole = reexpress.main(experiment)
-    (first,) = (p for p in (tmp_path / "runs" / "sdm").iterdir() if p.is_dir())
+    (first,) = (p for p in (tmp_path / "runs" / "sdm").iterdir() if (p / "model").is_dir())
     second_root = dataclasses.replace(experiment.run, root=tmp_path / "again")
     broken = dataclasses.replace(experiment, run=second_root)
     original = Trainer.run_epoch
@@ -97,7 +97,7 @@ def test_an_interrupted_run_continues_to_the_same_bits(experiment, tmp_path, mon
         reexpress.main(broken)
     monkeypatch.setattr(Trainer, "run_epoch", original)
     assert reexpress.main(broken) == whole
-    (second,) = (p for p in (tmp_path / "again" / "sdm").iterdir() if p.is_dir())
+    (second,) = (p for p in (tmp_path / "again" / "sdm").iterdir() if (p / "model").is_dir())
     for name in ("weights", "support", "calibration"):
         file = f"model/{name}.safetensors"
         assert sha256(first / file) == sha256(second / file)
