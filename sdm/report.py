@@ -13,16 +13,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Rows = list[dict[str, Any]]
+DRAWN = ("SDM region", "sdm ≥ α", "temperature, model", "temperature, adaptor")
+"""Methods in the figure, in this order; the table has all of them."""
 SHOWN_POINTS = 400
 """Points of a curve that are drawn and written at most."""
 
 
 def curve_rows(selections: Sequence[Selection], labels: np.ndarray) -> Rows:
-    """Coverage and error rate of every method but the one that never rejects."""
+    """Coverage and error rate of the drawn methods."""
     rows: Rows = []
-    for one in selections:
-        if one.method == "no reject":
-            continue
+    for one in sorted(
+        (one for one in selections if one.method in DRAWN), key=lambda one: DRAWN.index(one.method)
+    ):
         coverage, risk = risk_coverage(one, labels)
         keep = np.unique(np.linspace(0, len(coverage) - 1, SHOWN_POINTS).astype(int))
         rows += [
@@ -36,9 +38,9 @@ def admission_figure(
     curves: Rows, table: Rows, selections: Sequence[Selection], labels: np.ndarray, target: float
 ) -> Figure:
     """Left: risk–coverage over all claims, dots where each method stands. Right: share admitted."""
-    from workbench.plots import PALETTE, bar_plot, line_plot, new_figure
+    from workbench.plots import INK, PALETTE, TEXT_POINTS, bar_plot, line_plot, new_figure
 
-    figure, (left, right) = new_figure(width=10.5, height=4.4, columns=2)
+    figure, (left, right) = new_figure(width=10.5, height=4.8, columns=2)
     line_plot(
         left,
         curves,
@@ -48,7 +50,16 @@ def admission_figure(
         xlabel="share of claims answered",
         ylabel="share of the answered that is wrong",
         title="Error against coverage",
-        reference={f"1 − α = {1 - target:.2g}": 1 - target},
+    )
+    left.axhline(1 - target, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
+    left.annotate(
+        f"1 − α = {1 - target:.2g}",
+        (1.0, 1 - target),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=TEXT_POINTS - 1,
+        color=INK,
     )
     known = labels >= 0
     names = list(dict.fromkeys(row["method"] for row in curves))
@@ -58,7 +69,7 @@ def admission_figure(
             wrong = float((one.prediction != labels)[taken].mean())
             colour = PALETTE[names.index(one.method) % len(PALETTE)]
             left.plot(taken.sum() / known.sum(), wrong, "*", markersize=11, color=colour)
-    shown = [row for row in table if row["method"] != "no reject"]
+    shown = [row for name in DRAWN for row in table if row["method"] == name]
     bar_plot(
         right,
         shown,
@@ -70,6 +81,8 @@ def admission_figure(
         xlabel="share admitted (95 % interval)",
         title="Who is admitted",
     )
+    if (legend := right.get_legend()) is not None:
+        legend.remove()  # colours and hatches are those of the left legend
     return figure
 
 
