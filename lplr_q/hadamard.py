@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from lplr_q.constants import on_cpu
 from workbench.errors import ConfigError
 
 
@@ -134,6 +135,7 @@ def _irreducible(p: int, k: int, low: tuple[int, ...]) -> bool:
 
 
 @lru_cache(maxsize=64)
+@on_cpu
 def paley_matrix(order: int) -> Int8[Tensor, "K K"]:
     """A Hadamard matrix of ``order`` (entries +-1) by Paley I, Paley II or their Kronecker product.
 

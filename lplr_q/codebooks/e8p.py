@@ -21,6 +21,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lplr_q.codebooks.base import Codebook, require_bits
+from lplr_q.constants import on_cpu
 
 # positions of the three entries 1/2 in the 29 patterns of squared norm 12  [QuIP#, published table]
 _NORM_12 = (
@@ -31,6 +32,7 @@ _SHIFT = 0.25
 
 
 @lru_cache(maxsize=1)
+@on_cpu
 def e8p_patterns() -> Float[Tensor, "256 8"]:
     """The 256 non-negative half-integer patterns."""
     inner = [p for p in itertools.product((0.5, 1.5, 2.5), repeat=8) if sum(v * v for v in p) <= 10]
@@ -45,6 +47,7 @@ def e8p_patterns() -> Float[Tensor, "256 8"]:
 
 
 @lru_cache(maxsize=1)
+@on_cpu
 def _tables() -> dict[str, Tensor]:
     """Everything the encoder looks up, on the CPU."""
     patterns = e8p_patterns()
@@ -82,6 +85,7 @@ def _tables_on(device: torch.device) -> dict[str, Tensor]:
 
 
 @lru_cache(maxsize=8)
+@on_cpu
 def _decode_table(device: torch.device) -> Float[Tensor, "65536 8"]:
     codes = torch.arange(65536)
     magnitude = e8p_patterns()[codes >> 8]

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from lplr_q.codebooks.base import require_bits
 from lplr_q.codebooks.e8p import decode_e8p, encode_e8p
+from lplr_q.constants import on_cpu
 
 
 @lru_cache(maxsize=1)
+@on_cpu
 def e8_short_vectors() -> Float[Tensor, "256 8"]:
     """0, the 240 roots of E8, and the 15 vectors +-2 e_i except -2 e_7."""
     points = [[0.0] * 8]

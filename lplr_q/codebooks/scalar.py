@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lplr_q.codebooks.base import require_bits
+from lplr_q.constants import on_cpu
 
 
 def _cdf(x: Tensor) -> Tensor:
@@ -21,6 +22,7 @@ def _density(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
+@on_cpu
 def lloyd_max_levels(bits: int) -> Float[Tensor, " levels"]:
     """The 2^bits levels that minimise E (x - q(x))^2 for x ~ N(0, 1), ascending, float64.
 

@@ -168,3 +168,14 @@ def test_unknown_names_and_bits_are_refused():
 
 def test_own_codebook_by_path():
     assert make_codebook("lplr_q.codebooks.scalar:LloydMaxCodebook", 2).bits == 2
+
+
+@pytest.mark.parametrize("build", [e8p_patterns, e8_short_vectors, lloyd_max_levels])
+def test_tables_are_real_under_the_meta_device(build):
+    """Loaders create layers on the meta device; a cached empty table would spoil the process."""
+    arguments = (3,) if build is lloyd_max_levels else ()
+    build.cache_clear()
+    with torch.device("meta"):
+        table = build(*arguments)
+    assert table.device.type == "cpu"
+    assert bool(torch.isfinite(table).all())
