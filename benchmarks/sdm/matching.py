@@ -1,9 +1,9 @@
 """Time of exact q and d: counting (ours) against a flat index with sort and rank loop.
 
-    OMP_NUM_THREADS=1 python benchmarks/sdm/matching.py [rows] [width …]
+    OMP_NUM_THREADS=1 python -m benchmarks.sdm.matching [rows] [width …]
 
 Prints one line per width: seconds of both in the same process, best of three, and their ratio; the
-answers must be equal (but for ties, of which random features have none).
+share of equal answers (single-precision sorting swaps near-ties now and then).
 """
 
 from __future__ import annotations
