@@ -6,6 +6,7 @@ compared bit for bit, measured seconds left out.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -85,3 +86,48 @@ def test_a_job_killed_twice_ends_as_if_nothing_had_happened(config, tmp_path):
 @pytest.mark.parametrize("config", sorted(JOBS), ids=lambda p: f"{p.parent.name}.{p.name}")
 def test_a_job_killed_many_times_ends_as_if_nothing_had_happened(config, tmp_path, seed):
     kill_and_compare(config, tmp_path, kills=10, seed=seed)
+
+
+def test_workers_of_a_killed_sweep_end_with_it(tmp_path):
+    """Left alone they would hold the locks of their runs."""
+    code = (
+        "import os, sys, time\n"
+        "from workbench.sweep import run_all\n"
+        "import tests.drill.test_slices as here\n"
+        "if __name__ == '__main__':\n"
+        f"    units = [{str(tmp_path)!r}] * 2\n"
+        "    run_all(here.sleep_and_tell, units, executor='process', workers=2)\n"
+    )
+    script = tmp_path / "sweep_to_kill.py"
+    script.write_text(code, encoding="utf-8")
+    process = subprocess.Popen([sys.executable, str(script)], env=child_environment(), cwd=tmp_path)
+    end = time.monotonic() + 90
+    while len(list(tmp_path.glob("worker-*"))) < 2:
+        assert time.monotonic() < end
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for file in tmp_path.glob("worker-*"):
+        number = int(file.name.split("-")[1])
+        while _alive(number):
+            assert time.monotonic() < end, f"worker {number} outlived its sweep"
+            time.sleep(0.1)
+
+
+def sleep_and_tell(folder: str) -> dict:
+    """A unit that says which process it runs in and then takes long."""
+    (Path(folder) / f"worker-{os.getpid()}").touch()
+    time.sleep(300)
+    return {}
+
+
+def _alive(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{number}/stat")
+    return not (
+        status.is_file() and status.read_text(encoding="utf-8").split(")")[1].split()[0] == "Z"
+    )
