@@ -23,6 +23,7 @@ each (see `initialise_mamba`).
 Recall of 8 / 16 / 24 / 40 facts, one seed, held-out documents (chance is 1 in 84):
 
     micro-mamba2, untrained       .90  -    .78  .46     layer 1 alone, 12 documents each
+    after 0.08 M tokens           .78  -    .61  -       from the usual weights: .00 and .00
     after 0.16 M tokens           .61  -    .55  -       the first steps at full rate damage it
     as shipped, 0.8 M tokens      .79  .73  .66  .69     still rising when the budget ended
     micro-mamba, as shipped       .02  .04  .03  .04     its circuit does not survive: 0.3 M tokens
