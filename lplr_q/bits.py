@@ -110,6 +110,18 @@ def group_for_budget(n: int, budget: float, *, bits: int, symmetric: bool = Fals
     return math.ceil(n / groups)
 
 
+def matched_budget(m: int, n: int, bits: float, overhead: float) -> float:
+    """What group-wise rounding spends of ``bits + overhead`` on this matrix, and never more than
+    that.
+
+    Groups come in whole numbers, so rounding rarely spends all of it; a method held to this budget
+    uses no more bits than the baseline beside it.
+    """
+    width = int(bits)
+    group = group_for_budget(n, bits + overhead, bits=width)
+    return min(bits + overhead, group_bits(m, n, bits=width, group=group))
+
+
 def average(parts: Iterable[tuple[float, int]]) -> float:
     """Weighted mean of (bits per weight, weights)."""
     parts = list(parts)

@@ -10,6 +10,7 @@ Hessians -> compress -> save -> reload in a fresh load -> perplexity against tru
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -223,6 +224,7 @@ def _lplr(
     """Compress every sublayer (one unit each), save, load afresh, evaluate what was loaded."""
     import copy
 
+    from lplr_q.bits import matched_budget
     from lplr_q.quantize_model import compress_sublayer, install, prepare_sublayer, result_tree
 
     settings = _settings(experiment, bits)
@@ -234,12 +236,14 @@ def _lplr(
 
         def compute(name: str = name, weight: Any = weight) -> dict[str, Any]:
             nonlocal prepared_key, prepared
+            budget = matched_budget(*weight.shape, bits, experiment.overhead)
+            own = dataclasses.replace(settings, bits=budget)
             if prepared is None or prepared_key != calibration.key_of[name]:
                 prepared_key = calibration.key_of[name]
                 prepared = prepare_sublayer(
                     calibration, name, weight.shape[1], settings, run.streams.torch
                 )
-            result = compress_sublayer(weight, prepared, name, settings, run.streams.torch)
+            result = compress_sublayer(weight, prepared, name, own, run.streams.torch)
             return result_tree(result)
 
         tree = run.once(f"lplr-{bits:g}/{name}", compute)

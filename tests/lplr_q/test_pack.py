@@ -3,7 +3,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lplr_q.bits import average, group_bits, group_for_budget, layer_bits, rank_for_budget
+from lplr_q.bits import (
+    average,
+    group_bits,
+    group_for_budget,
+    layer_bits,
+    matched_budget,
+    rank_for_budget,
+)
 from lplr_q.pack import pack_bits, pack_signs, packed_size, unpack_bits, unpack_signs
 from workbench.errors import ConfigError, DataError
 
@@ -91,4 +98,6 @@ def test_group_bits():
     assert group_bits(4, 128, bits=4, group=64, symmetric=True) == 4 + 16 / 64
     assert group_for_budget(128, 2.15, bits=2) == 128
     assert group_for_budget(128, 2.65, bits=2) == 32
+    assert matched_budget(4, 128, 2.5, 0.15) == 2 + 4 * 18 / 128
+    assert matched_budget(4, 128, 2.0, 0.03) == 2.03
     assert group_for_budget(64, 2.0, bits=2) == 64  # one group is the least there can be

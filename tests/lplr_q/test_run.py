@@ -44,6 +44,8 @@ def test_every_stage_leaves_its_artefact(finished):
     assert results["rows"][0]["ratio"] == 1
     for row in results["rows"][1:]:
         assert 2 <= row["true_bits"] <= 2.5 + EXPERIMENT.overhead + 1e-9
+    spent = {row["method"]: row["true_bits"] for row in results["rows"]}
+    assert spent["LPLR-LDLQ"] <= spent["GPTQ"] == spent["RTN"]
     assert results["stored"]["2.5"]["reload_difference"] == 0
     for name in ("models/lplr-2.5/config.json", "figures/perplexity.svg", "report.md"):
         assert (folder / name).is_file()
