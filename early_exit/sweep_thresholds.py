@@ -422,7 +422,16 @@ def publish(
         title="Early exits",
         question="How many blocks does a token need?",
         summary=_sentence(tables, experiment, name),
+        headline=_headline(tables),
     )
+
+
+def _headline(tables: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What real decoding reached, by policy and target."""
+    return {
+        f"agreement at {row['speedup_blocks']:.2f}× in blocks ({row['policy']})": row["agreement"]
+        for row in tables["decoded"][:3]
+    }
 
 
 def _values(tables: dict[str, list[dict[str, Any]]], experiment: Experiment) -> dict[str, Any]:

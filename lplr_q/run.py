@@ -378,6 +378,15 @@ def _report(
         caption="Perplexity on held-out text (95 % interval over blocks) and its ratio to the "
         "16-bit model (paired). true_bits counts codes, factors, scales, zero points and signs.",
     )
+    run.figure(
+        "perplexity",
+        perplexity_figure(rows),
+        rows,
+        caption="Perplexity against true bits per weight; bands are 95 % intervals of the ratio to "
+        "16 bit; n = "
+        + ", ".join(f"{r['n_tokens']} tokens of {r['text']}" for r in rows if r["bits"] == 16),
+        alt=perplexity_alt(rows),
+    )
     if layers:
         run.table("layers", layers, caption="Every compressed layer; the error is weighted by H.")
         figure, drawn = error_figure(layers)
@@ -388,22 +397,27 @@ def _report(
             caption=f"Relative activation-aware error, median over blocks; {len(layers)} layers",
             alt="; ".join(f"{r['sublayer']} {r['budget']}: {r['error']:.3f}" for r in drawn),
         )
-    run.figure(
-        "perplexity",
-        perplexity_figure(rows),
-        rows,
-        caption="Perplexity against true bits per weight; bands are 95 % intervals of the ratio to "
-        "16 bit; n = "
-        + ", ".join(f"{r['n_tokens']} tokens of {r['text']}" for r in rows if r["bits"] == 16),
-        alt=perplexity_alt(rows),
-    )
     summary = headline(rows, min(experiment.bits, key=lambda b: abs(b - 2.5)))
     return run.finish(
         {"rows": rows, "stored": stored},
         title=f"Compressing {experiment.model} to a few bits per weight",
         question="How few bits per weight does the model need, every scale and sign counted?",
         summary=summary,
+        headline=_headline(rows),
     )
+
+
+def _headline(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Perplexity over 16 bit at the smallest budget, by method, on the last (hardest) text."""
+    few = [row for row in rows if row["bits"] < 16]
+    if not few:
+        return {}
+    text, bits = few[-1]["text"], min(row["bits"] for row in few)
+    return {
+        f"perplexity ratio, {row['method']} at {row['true_bits']:.2f} bits ({text})": row["ratio"]
+        for row in few
+        if row["text"] == text and row["bits"] == bits
+    }
 
 
 if __name__ == "__main__":

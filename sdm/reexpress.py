@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,9 @@ class Claims:
     """At most this many statements before a claim."""
     layer: int = -1
     """Which hidden states: -1 the last layer."""
+
+
+_ADMITTED = re.compile(r"sdm_region/[^/]+/admitted_share")
 
 
 @dataclass(frozen=True)
@@ -494,7 +498,24 @@ def main(experiment: Experiment) -> dict[str, Any]:
             question="A classifier on hidden states judges claims. Which of its answers reach "
             f"{classifier.goal:.0%} accuracy, and does it decline what nobody taught the model?",
             summary=_sentence(values, region.message),
+            headline=_headline(values),
         )
+
+
+def _headline(values: dict[str, Any]) -> dict[str, Any]:
+    """Share and accuracy of what is admitted of the first group, and the most of any far one."""
+    shares = {k.split("/")[1]: v for k, v in values.items() if _ADMITTED.fullmatch(k)}
+    if not shares:
+        return {}
+    first = next(iter(shares))
+    headline = {f"admitted, {first.replace('_', ' ')}": shares[first]}
+    accuracy = values.get(f"sdm_region/{first}/accuracy")
+    if accuracy is not None:
+        headline["accuracy of those"] = accuracy
+    far = [share for group, share in shares.items() if group.startswith("far")]
+    if far:
+        headline["admitted, far from the data"] = max(far)
+    return headline
 
 
 def _sentence(values: dict[str, Any], message: str) -> str:

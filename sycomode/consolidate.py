@@ -214,6 +214,11 @@ def _consolidate(run: Run, e: Experiment) -> dict[str, Any]:
         title="Moving a prompt into the model",
         question="Can a model without the prompt answer as it does with it, and what is lost?",
         summary=report.verdict(rows, e.students[0], len(prompt)),
+        headline={
+            f"recovery, {e.students[0]}": values["recovery"],
+            "recovery, training on the text": values["recovery_lm_on_prompt"],
+            "perplexity ratio, unrelated text": values["ppl_ratio"],
+        },
     )
 
 

@@ -164,7 +164,7 @@ def read_section(folder: Path, number: int) -> Section:
         title=str(record.get("title") or folder.name),
         question=str(record.get("question", "")),
         summary=str(record.get("summary", "")),
-        headlines=headlines_of(record["values"]),
+        headlines=headlines_of(record.get("headline") or record["values"]),
         figures=figures,
         tables=tables,
         beside=len(figures) == 1

@@ -656,8 +656,12 @@ class Run:
         title: str = "",
         question: str = "",
         summary: str = "",
+        headline: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Write report.md and then results.json, whose presence means "done"; return the values."""
+        """Write report.md and then results.json, whose presence means "done"; return the values.
+
+        `headline` names, in words, the two or three numbers that stand on the report's card.
+        """
         from workbench.tables import read_csv, to_markdown
 
         self._flush()
@@ -665,6 +669,7 @@ class Run:
             "title": title or self.name,
             "question": question,
             "summary": summary,
+            "headline": clean_tree(dict(headline or {})),
             "values": clean_tree(values),
             "figures": self._figures,
             "tables": self._tables,

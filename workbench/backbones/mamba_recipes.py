@@ -29,8 +29,7 @@ MICRO_MAMBA = Recipe(
     config="workbench.backbones.mamba_init:micro_mamba_config",
     initialise="workbench.backbones.mamba_init:initialise_mamba",
     context="workbench.mamba:fast_mamba",
-    tokens=300_000,
-    tokens_per_step=1024,
+    tokens=800_000,
     mixture={"doc": 0.30, "world": 0.50, "sum": 0.08, "text": 0.12},
     curriculum=(
         Stage(0.0, 256, (3, 8), (6, 12)),
