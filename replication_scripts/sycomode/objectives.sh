@@ -31,20 +31,20 @@ small)
         done
     done
     # 2. every student under KL self-study with the guard, beside the baselines
-    run sycomode.consolidate --config configs/sycomode/default.yaml
+    run sycomode.consolidate --config configs/sycomode/consolidate.default.yaml
     # 3. other objectives for the same student
     for objective in sft_selfstudy last_position_kl hidden_all; do
-        run sycomode.consolidate --config configs/sycomode/default.yaml --students lora \
+        run sycomode.consolidate --config configs/sycomode/consolidate.default.yaml --students lora \
             --objective "$objective"
     done
     # 4. the guard taken away: recovery stays, in-context ability goes
-    run sycomode.consolidate --config configs/sycomode/default.yaml --students lora --guard-weight 0
+    run sycomode.consolidate --config configs/sycomode/consolidate.default.yaml --students lora --guard-weight 0
     ;;
 paper)
     MODEL="${MODEL:-meta-llama/Llama-3.1-8B}"
     PROMPT="${PROMPT:?a text file to consolidate}"
     QUESTIONS="${QUESTIONS:?questions on it, JSONL with question and answer}"
-    run sycomode.consolidate --config configs/sycomode/large.yaml --model "$MODEL" \
+    run sycomode.consolidate --config configs/sycomode/consolidate.paper.yaml --model "$MODEL" \
         --prompt-file "$PROMPT" --questions-file "$QUESTIONS"
     ;;
 *)
