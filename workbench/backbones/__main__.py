@@ -74,14 +74,15 @@ def main(experiment: Experiment) -> dict[str, Any]:
         )
         spent = time.process_time() - began
         weights = run.directory / "weights"
-        figures = run.once(
-            "figures",
-            lambda: evaluate_backbone(
-                manifest.load_folder(weights, run.device.device),
-                n=experiment.documents,
-                tick=lambda part: run.check_interrupt(),
-            ),
-        )
+        with training.context_of(recipe):
+            figures = run.once(
+                "figures",
+                lambda: evaluate_backbone(
+                    manifest.load_folder(weights, run.device.device),
+                    n=experiment.documents,
+                    tick=lambda part: run.check_interrupt(),
+                ),
+            )
         learning_curve(run, recipe)
         run.table(
             "figures",

@@ -26,7 +26,7 @@ Recall of 8 / 16 / 24 / 40 facts, one seed, held-out documents (chance is 1 in 8
     after 0.08 M tokens           .78  -    .61  -       from the usual weights: .00 and .00
     after 0.16 M tokens           .61  -    .55  -       the first steps at full rate damage it
     as shipped, 0.8 M tokens      .79  .73  .66  .69     still rising when the budget ended
-    micro-mamba, as shipped       .02  .04  .03  .04     its circuit does not survive: 0.3 M tokens
+    micro-mamba, as shipped       .01  .02  .02  .03     its circuit does not survive: 0.8 M tokens
 
 SiLU is undone by pairs of channels of opposite sign, silu(u) − silu(−u) = u, and the gated norm of
 Mamba-2, which would turn silence into noise, by channels of constant size.

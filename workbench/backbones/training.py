@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,11 @@ def weighted_loss(
     return (nats * targets).sum() / targets.sum()
 
 
+def context_of(recipe: Recipe) -> AbstractContextManager[object]:
+    """The context that a recipe wants held while its model computes (a faster kernel, say)."""
+    return load_object(recipe.context)() if recipe.context else nullcontext()
+
+
 def train_backbone(
     recipe: Recipe,
     run: Run,
@@ -115,7 +120,7 @@ def train_backbone(
     model = build_model(recipe).to(device)
     optimisers = build_optimisers(recipe, model)
     world, encode = World(), Encoder(microworld_tokenizer())
-    context = load_object(recipe.context)() if recipe.context else nullcontext()
+    context = context_of(recipe)
     precision = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     gate_step = (
         math.ceil(recipe.recall_gate[0] / recipe.tokens_per_step) if recipe.recall_gate else 0
