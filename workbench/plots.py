@@ -299,7 +299,10 @@ def bar_plot(
     left, right = axes.get_xlim()
     axes.set_xlim(min(0.0, left), max(0.0, right))
     _label(axes, xlabel or value, "", title)
-    _legend(axes, list(groups), loc="lower right")
+    # beneath the axis, where no bar and no number of a bar can lie
+    _legend(
+        axes, list(groups), loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(groups)
+    )
 
 
 def heat_map(
