@@ -304,7 +304,11 @@ def _save_and_reload(
         nats = _nats(experiment, loaded, texts)
         return {"nats": nats, "reload_difference": float((before - after).abs().max())}
 
-    return {**report, **run.once(f"evaluate/lplr-{bits:g}", compute), "folder": folder.as_posix()}
+    return {
+        **report,
+        **run.once(f"evaluate/lplr-{bits:g}", compute),
+        "folder": folder.relative_to(run.directory).as_posix(),
+    }
 
 
 def _baseline(

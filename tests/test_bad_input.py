@@ -30,6 +30,19 @@ FILE_FIELDS = (
 PARTNERS = {
     "prompt_file": "questions_file", "questions_file": "prompt_file",
     "context_file": "qa_file", "qa_file": "context_file",
+    "input_calibration_set_file": "input_training_set_file",
+}  # fmt: skip
+
+
+QUESTION = json.dumps({"question": " Q where is it ? A", "answer": " here"}) + "\n"
+ROWS = [
+    {"id": str(i), "label": i % 2, "document": "x", "embedding": [float(i % 2), 0.1 * i]}
+    for i in range(40)
+]
+GOOD = {
+    "prompt_file": "The ball is here .", "context_file": "The ball is here .",
+    "questions_file": QUESTION, "qa_file": QUESTION,
+    "input_training_set_file": "".join(json.dumps(row) + "\n" for row in ROWS),
 }  # fmt: skip
 
 
@@ -61,11 +74,8 @@ def refuse(config: Path, field: str, value, tmp_path: Path) -> str:
     changes = {field: value}
     if field in PARTNERS:  # the other half of the pair is in order
         partner = tmp_path / f"good-{PARTNERS[field]}"
-        good = '{"question": " Q where is it ? A", "answer": " here"}\n'
-        partner.write_text(
-            good if "q" in PARTNERS[field] else "The ball is here .", encoding="utf-8"
-        )
-        changes[PARTNERS[field]] = partner
+        partner.write_text(GOOD[PARTNERS[field]], encoding="utf-8")
+        changes[PARTNERS[field]] = type(old)(partner) if old is not None else partner
     run = dataclasses.replace(experiment.run, root=tmp_path / "runs", threads=1)
     with pytest.raises(USER_ERRORS) as caught:
         main(dataclasses.replace(experiment, **changes, run=run))

@@ -300,9 +300,7 @@ def bar_plot(
     axes.set_xlim(min(0.0, left), max(0.0, right))
     _label(axes, xlabel or value, "", title)
     # beneath the axis, where no bar and no number of a bar can lie
-    _legend(
-        axes, list(groups), loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(groups)
-    )
+    _legend(axes, list(groups), loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(groups))
 
 
 def heat_map(

@@ -171,7 +171,29 @@ def write_safetensors(
 
     ready = {name: _plain_tensor(value) for name, value in tensors.items()}
     extra = dict(metadata) if metadata else None
-    return atomic_write(path, lambda temporary: save_file(ready, str(temporary), metadata=extra))
+
+    def write(temporary: Path) -> None:
+        save_file(ready, str(temporary), metadata=extra)
+        if extra and len(extra) > 1:
+            _sort_metadata(temporary)
+
+    return atomic_write(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors header in order, in place.
+
+    The library keeps it in a hash map whose order changes from process to process, so that equal
+    content would give unequal bytes.
+    """
+    with open(path, "r+b") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            handle.seek(8)
+            handle.write(text.ljust(size))
 
 
 def _plain_tensor(value: torch.Tensor | np.ndarray) -> torch.Tensor:

@@ -116,6 +116,25 @@ def test_shared_and_strided_tensors_are_written(tmp_path):
     assert torch.equal(back["a"], back["c"])
 
 
+def test_equal_content_gives_equal_bytes_whatever_the_order_of_the_metadata(tmp_path):
+    """The library's own order changes from process to process (a hash map)."""
+    import itertools
+
+    notes = {"format": "pt", "z": "1", "a": '{"k": "ü"}'}
+    seen = set()
+    for i, order in enumerate(itertools.permutations(notes)):
+        path = storage.write_safetensors(
+            tmp_path / f"{i}.safetensors",
+            {"b": torch.arange(3), "a": torch.zeros(2, 2)},
+            metadata={key: notes[key] for key in order},
+        )
+        seen.add(path.read_bytes())
+        assert storage.read_safetensors(path)["b"].tolist() == [0, 1, 2]
+    assert len(seen) == 1
+    header = next(iter(seen))[8:]
+    assert header.index(b'"a":"{') < header.index(b'"format"') < header.index(b'"z"')
+
+
 def test_a_truncated_safetensors_file_is_one_clear_error(tmp_path):
     path = storage.write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(100)})
     data = path.read_bytes()
