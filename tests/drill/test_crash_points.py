@@ -142,12 +142,13 @@ def test_killed_at_every_file_event_the_run_resumes_to_equal_results(tmp_path, r
         shutil.rmtree(folder)
 
 
-def test_killed_again_and_again_the_run_still_ends(tmp_path, reference):
+@pytest.mark.parametrize("chain", range(3))
+def test_killed_again_and_again_the_run_still_ends(tmp_path, reference, chain):
     """Ten kills in a row, each a few events after the resume: the saved step never falls."""
     digest, events = reference
     reached = -1
     for kill in range(10):
-        status, _ = in_a_fork(tmp_path, strike_at=events // 4 + kill)
+        status, _ = in_a_fork(tmp_path, strike_at=events // 4 + kill + 7 * chain)
         found = list((tmp_path / "drill").glob("job-*/checkpoints/*/step_*"))
         complete = [p for p in found if (p / storage.MANIFEST).is_file()]
         step = max(
@@ -186,3 +187,28 @@ def test_a_non_finite_loss_stops_before_the_update_and_saves_the_batch(tmp_path)
     tree = storage.load_tree(newest)
     assert tree["objects"]["model"]["weight"].isfinite().all()
     assert newest.name == "step_00000002"
+
+
+@pytest.mark.parametrize("trial", range(10))
+def test_of_two_processes_started_together_one_works(tmp_path, reference, trial):
+    """Row 14: the other is refused (or comes late and finds the finished run)."""
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            status = CRASHED
+            try:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, 1)
+                os.dup2(null, 2)
+                record._git = lambda *arguments: None
+                job.main(experiment(tmp_path))
+                status = 0
+            except USER_ERRORS:
+                status = USER_ERROR
+            finally:
+                os._exit(status)
+        children.append(child)
+    ends = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    assert ends in ([0, USER_ERROR], [0, 0])
+    assert job.fingerprint(run_folder(tmp_path)) == reference[0]
