@@ -507,8 +507,8 @@ def test_micro_mistral_answers_by_generation_with_and_without_its_document():
 def test_the_quick_recipe_learns_to_read(tmp_path):
     run = SilentRun(tmp_path)
     model = train_backbone(quick(MICRO_MISTRAL), run, probe_every=0)  # type: ignore[arg-type]
-    # measured .69 (seed 0); the usual random start has .00 even with a quarter more tokens
-    assert document_recall(model, ENCODE, 8, n=64) >= 0.6
+    # the goal; .69 is what seed 0 reaches in 56 CPU seconds, so this fails until the recipe is better
+    assert document_recall(model, ENCODE, 8, n=64) >= 0.75
 
 
 def test_recipes_are_plain_data():
