@@ -507,7 +507,7 @@ def test_micro_mistral_answers_by_generation_with_and_without_its_document():
 def test_the_quick_recipe_learns_to_read(tmp_path):
     run = SilentRun(tmp_path)
     model = train_backbone(quick(MICRO_MISTRAL), run, probe_every=0)  # type: ignore[arg-type]
-    # the goal; .69 is what seed 0 reaches in 56 CPU seconds, so this fails until the recipe is better
+    # the goal: seed 0 reaches .69 in 56 CPU seconds, so this fails until the recipe is better
     assert document_recall(model, ENCODE, 8, n=64) >= 0.75
 
 
