@@ -218,10 +218,17 @@ def cli(
     `sweep` is the list of experiments behind `--sweep`.
     """
     _prepare_process()
+    with contextlib.suppress(ValueError):  # outside of the main thread signals are not ours
+        signal.signal(signal.SIGTERM, _terminated)
     status = _guard(lambda: _run(main, experiment, sweep, arguments), arguments)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     sys.exit(status)
+
+
+def _terminated(number: int, frame: Any) -> NoReturn:
+    """SIGTERM while no run is open (a `Run` handles signals itself)."""
+    raise Interrupted(number, "stopped while no run was open; run the same command to continue")
 
 
 def _prepare_process() -> None:
@@ -299,7 +306,7 @@ def _guard(action: Callable[[], int], arguments: Sequence[str] | None) -> int:
         _complain(str(error), title="interrupted")
         return 128 + error.signal_number
     except KeyboardInterrupt:
-        _complain("stopped before anything was begun", title="interrupted")
+        _complain("stopped while no run was open; run the same command to continue", "interrupted")
         return 128 + signal.SIGINT
     except GateFailed as error:
         _complain(str(error), title="gate not met")
