@@ -76,7 +76,6 @@ def default_prompt() -> str:
 def load(run: Run, experiment: Experiment) -> EarlyExitModel:
     """The backbone with its trained exits, or with untrained ones if no folder is given."""
     from early_exit.model import EarlyExitModel
-    from workbench.models import load_model
 
     place = {"device": run.device.device, "dtype": run.device.dtype}
     if experiment.exits is not None:
@@ -90,7 +89,7 @@ def load(run: Run, experiment: Experiment) -> EarlyExitModel:
             "maxprob, margin, entropy or saturation"
         )
     name = experiment.model or "micro-mistral"
-    model, tokenizer = load_model(name, **place)
+    model, tokenizer = run.load_model(name)
     return EarlyExitModel.from_backbone(model, tokenizer, name=name)
 
 

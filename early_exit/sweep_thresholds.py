@@ -129,11 +129,9 @@ def prepare(run: Run, experiment: Experiment) -> Material:
     from early_exit.data import load_documents
     from early_exit.features import collect, measure
     from early_exit.model import load_exits
-    from workbench.models import load_model
 
     get_criterion(experiment.criterion)
-    device = run.device
-    model, tokenizer = load_model(experiment.model, device=device.device, dtype=device.dtype)
+    model, tokenizer = run.load_model(experiment.model)
     adapter = adapt(model)
     for policy in experiment.policies:
         if policy not in adapter.policies():

@@ -166,10 +166,8 @@ def main(experiment: Experiment) -> dict[str, Any]:
         from early_exit.data import load_documents
         from early_exit.features import collect, measure
         from early_exit.report import exits_figure, reliability_figure
-        from workbench.models import load_model
 
-        device = run.device
-        model, tokenizer = load_model(experiment.model, device=device.device, dtype=device.dtype)
+        model, tokenizer = run.load_model(experiment.model)
         adapter = adapt(model)
         settings = {"max_length": experiment.max_length, "seed": experiment.seed}
         train = load_documents(

@@ -99,10 +99,8 @@ def main(experiment: Experiment) -> dict:
         if run.finished:
             return run.results
         from lplr_q.evaluate import load_blocks
-        from workbench.models import load_model
 
-        model, tokenizer = load_model(experiment.model, device=run.device.device)
-        _same_weights(run, model)
+        model, tokenizer = run.load_model(experiment.model, dtype=None)
         texts = [
             load_blocks(
                 tokenizer,
@@ -131,23 +129,6 @@ def main(experiment: Experiment) -> dict:
                     rows.append(_row(text, method, bits, found["true_bits"], found["nats"], base))
                     run.log(len(rows), {f"{method}/{bits:g}/{text.name}": rows[-1]["perplexity"]})
         return _report(run, experiment, rows, layers, stored)
-
-
-def _same_weights(run: Run, model: Any) -> None:
-    """Finished units belong to the weights they were made from; refuse a model that has changed."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
-    found = digest.hexdigest()
-    known = run.once("weights", lambda: {"sha256": found})["sha256"]
-    if known != found:
-        raise ConfigError(
-            f"the weights of this model have changed (sha256 {found[:12]}, this run began with "
-            f"{known[:12]}); use --fresh to begin anew"
-        )
 
 
 def _calibrate(run: Run, experiment: Experiment, model: Any, tokenizer: Any) -> Calibration:

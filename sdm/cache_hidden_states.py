@@ -80,10 +80,9 @@ def cache(run: Run, experiment: Experiment, out: Path) -> dict[str, Any]:
         batches_by_length,
         encode,
         hidden_states,
-        weights_fingerprint,
     )
     from workbench.microworld import World
-    from workbench.models import load_model
+    from workbench.models import weights_digest
 
     if experiment.data == CLAIMS:
         documents = claim_documents(
@@ -94,13 +93,7 @@ def cache(run: Run, experiment: Experiment, out: Path) -> dict[str, Any]:
         )
     else:
         documents = read_documents(experiment.data)
-    device = run.device
-    model, tokenizer = load_model(experiment.model, device=device.device)
-    digest = weights_fingerprint(model)
-    if run.once("weights", lambda: {"sha256": digest})["sha256"] != digest:
-        raise ConfigError(
-            f"{run.directory}: begun with other weights of {experiment.model}; use --fresh"
-        )
+    model, tokenizer = run.load_model(experiment.model, dtype=None)
     texts = [experiment.prompt_template.replace("{document}", d["document"]) for d in documents]
     rows = encode(tokenizer, texts, experiment.max_length)
     words = answer_ids(tokenizer, experiment.answers)
@@ -136,7 +129,7 @@ def cache(run: Run, experiment: Experiment, out: Path) -> dict[str, Any]:
         answers,
         documents,
         model=experiment.model,
-        weights_sha256=digest,
+        weights_sha256=weights_digest(model),
         layer=experiment.layer,
         pooling=experiment.pooling,
         prompt_template=experiment.prompt_template,

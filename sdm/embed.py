@@ -9,7 +9,6 @@ say; the logits of the answer words are kept beside the features.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,16 +73,6 @@ def batches_by_length(rows: Sequence[Sequence[int]], batch_size: int) -> list[li
     """Row numbers in batches of similar length; the longest come first."""
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over the first 65536 numbers of every weight: tells other weights, costs nothing."""
-    digest = hashlib.sha256()
-    for name, weight in model.state_dict().items():
-        head = weight.detach().flatten()[:65536].float().cpu()
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        digest.update(head.numpy().tobytes())
-    return digest.hexdigest()
 
 
 @torch.inference_mode()

@@ -446,30 +446,16 @@ def input_fingerprint(experiment: Experiment) -> str:
     return " ".join(digests)
 
 
-def require_same_inputs(run: Run, experiment: Experiment) -> None:
-    """Refuse to mix results of one input with another that took its place under the same name.
-
-    Raises:
-        ConfigError: the files changed since the run was begun.
-    """
-    now = input_fingerprint(experiment)
-    known = run.once("inputs", lambda: {"sha256": now})["sha256"]
-    if known != now:
-        raise ConfigError(
-            f"{run.directory}: begun with other contents of the input files; use --fresh"
-        )
-
-
 def main(experiment: Experiment) -> dict[str, Any]:
     """Data → training → calibration → report."""
     with Run.open("sdm.reexpress", experiment) as run:
         if run.finished:
-            require_same_inputs(run, experiment)
+            run.require_same("inputs", input_fingerprint(experiment))
             return run.results
         from sdm.estimator import SDMClassifier
 
         pool, test, n_first, facts = read_inputs(run, experiment)
-        require_same_inputs(run, experiment)
+        run.require_same("inputs", input_fingerprint(experiment))
         if pool is not None:
             classifier = train(run, experiment, pool, n_first)
             classifier.save(run.directory / "model")

@@ -150,10 +150,9 @@ def _consolidate(run: Run, e: Experiment) -> dict[str, Any]:
     from sycomode.selfstudy import StudyPlan, coverage, sentences, study
     from sycomode.students import Prompted, check_length
     from sycomode.train import material
-    from workbench.models import load_model
 
     device = run.device
-    model, tokenizer = load_model(e.model, device=device.device, dtype=device.dtype)
+    model, tokenizer = run.load_model(e.model)
     model.requires_grad_(False)
     task = _task(e)
     bos, prompt = bos_of(tokenizer), encode(tokenizer, task.document.prompt)

@@ -32,10 +32,8 @@ def main(experiment: Experiment) -> dict[str, Any]:
             return run.results
         from sycomode.classic import letter_probability, run_items, sentence, summarise
         from sycomode.data import Document, Question, letter_items
-        from workbench.models import load_model
 
-        device = run.device
-        load = load_model(experiment.model_name, device=device.device, dtype=device.dtype)
+        load = run.load_model(experiment.model_name)
         n = experiment.n_items or (100 if experiment.recipe == "seed" else 6)
         documents = [
             Document(context, (Question("next letter", answer),))

@@ -32,10 +32,8 @@ def main(experiment: Experiment) -> dict[str, Any]:
             return run.results
         from sycomode.classic import answer_perplexity, run_items, sentence, summarise
         from sycomode.data import MICROWORLD_ITEMS, REASONING_ITEMS
-        from workbench.models import load_model
 
-        device = run.device
-        load = load_model(experiment.model_name, device=device.device, dtype=device.dtype)
+        load = run.load_model(experiment.model_name)
         english = experiment.language == "english"
         documents = (REASONING_ITEMS if english else MICROWORLD_ITEMS)[: experiment.n_items]
         metric = answer_perplexity(load[1])

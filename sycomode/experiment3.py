@@ -49,10 +49,8 @@ def main(experiment: Experiment) -> dict[str, Any]:
             return run.results
         from sycomode import data
         from sycomode.classic import answer_perplexity, run_items, sentence, summarise
-        from workbench.models import load_model
 
-        device = run.device
-        load = load_model(experiment.model_name, device=device.device, dtype=device.dtype)
+        load = run.load_model(experiment.model_name)
         opening = " Q" if experiment.language == "microworld" else "\n\nQuestion:"
         if experiment.context_file is not None and experiment.qa_file is not None:
             document = data.document_from_files(experiment.context_file, experiment.qa_file)

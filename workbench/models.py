@@ -12,6 +12,7 @@ non-finite weights are errors: a model that loads is the model that was saved.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -215,6 +216,18 @@ def check_safetensors(path: Path) -> dict[str, Any]:
             "again"
         )
     return entries
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over the names, shapes, formats and bytes of all weights and buffers."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(memoryview(raw.numpy()))
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- loading

@@ -2,7 +2,7 @@
 
     runs/<package>/<script>-<8 hex>/      the digits are the SHA-256 of the settings
         config.yaml environment.json log.txt metrics.jsonl
-        checkpoints/<phase>/step_00000200/    last two of each phase
+        checkpoints/<phase>/step_00000200/    last two of each phase, and `best` where kept
         units/<name>/                         finished parts of longer work (`Run.once`)
         figures/ tables/ results.json report.md
 
@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from workbench import seeding, storage
+from workbench.checkpoint import Checkpoints, phase_name
 from workbench.errors import (
     CheckpointError,
     ConfigError,
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
 __all__ = ["Run", "RunOptions", "finite_or_null", "settings_key", "settings_of", "to_plain"]
 
 Item = TypeVar("Item")
-CHECKPOINTS_KEPT = 2
 LOG_BUFFER = 64
 SPARE_BYTES = 32 * 2**20  # demanded free before work begins
 
@@ -88,6 +88,12 @@ class Run:
         self.finished = False
         self.results: dict[str, Any] = {}
         self.phase = "train"
+        self._checkpoints = Checkpoints(
+            self.directory / "checkpoints",
+            self.key,
+            note=self.note,
+            allow_divergence=self.options.allow_divergence,
+        )
         self._record: dict[str, Any] = {}
         self._device: Device | None = None
         self._environment: dict[str, Any] = {}
@@ -95,7 +101,6 @@ class Run:
         self._buffer: list[str] = []
         self._metrics_bytes = 0
         self._logged: Counter[tuple[str, int, tuple[str, ...]]] = Counter()
-        self._skipped: set[Path] = set()
         self._figures: list[dict[str, str]] = []
         self._tables: list[dict[str, str]] = []
         self._seconds_before = 0.0
@@ -252,7 +257,7 @@ class Run:
             storage.write_text(path, text)
 
     def _begin_recording(self) -> None:
-        checkpoint = self._newest_overall()
+        checkpoint = self._checkpoints.newest()
         self._restore_metrics(checkpoint["metrics_bytes"] if checkpoint else 0)
         if checkpoint:
             self._seconds_before = float(checkpoint["seconds"])
@@ -332,6 +337,35 @@ class Run:
                 tqdm.write(text, file=sys.stderr)
         with open(self.directory / "log.txt", "a", encoding="utf-8", errors="replace") as handle:
             handle.write(f"{datetime.datetime.now().isoformat(timespec='seconds')} {text}\n")
+
+    # ------------------------------------------------------------ inputs
+
+    def require_same(self, what: str, digest: str) -> None:
+        """Refuse to continue with another input under the name of the one the run began with.
+
+        Finished units belong to the input that they were made from; the settings only name it.
+
+        Raises:
+            ConfigError: `digest` of `what` differs from the one kept in units/input-<what>.
+        """
+        known = self.once(f"input-{what}", lambda: {"sha256": digest})["sha256"]
+        if known != digest:
+            raise ConfigError(
+                f"{self.directory}: {what} has changed since this run began (sha256 {digest[:12]}, "
+                f"then {known[:12]}); use --fresh to begin anew, or bring the old one back"
+            )
+
+    def load_model(self, spec: str | Path, what: str = "model", **options: Any) -> Any:
+        """Model and tokenizer of `spec` on this run's device, the weights those it began with.
+
+        `options` go to `workbench.models.load_model`; the dtype is the run's unless given.
+        """
+        from workbench.models import load_model, weights_digest
+
+        place = {"device": self.device.device, "dtype": self.device.dtype, **options}
+        model, tokenizer = load_model(spec, **place)
+        self.require_same(what, weights_digest(model))
+        return model, tokenizer
 
     # ------------------------------------------------------------ metrics
 
@@ -431,7 +465,7 @@ class Run:
         from tqdm import tqdm
 
         self.phase = phase
-        start = self._resume(phase, state)
+        start = self._checkpoints.resume(phase, state)
         if start is None:
             seeding.set_global(self.streams.integer(f"global/{phase}"))
             self.save(0, state)
@@ -456,112 +490,22 @@ class Run:
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Write a checkpoint of the current phase; older ones but the last two are removed."""
-        from safetensors import SafetensorError
-
         self._flush()
-        tree = {
-            "objects": {name: dict(thing.state_dict()) for name, thing in state.items()},
-            "random": seeding.capture(),
-        }
-        self._require_finite_state(tree["objects"], step)
-        header = {
-            "run": self.key,
-            "phase": self.phase,
-            "step": step,
-            "metrics_bytes": self._metrics_bytes,
-            "seconds": round(self.seconds, 3),
-        }
-        path = self._phase_folder(self.phase) / f"step_{step:08d}"
-        try:
-            storage.save_tree(path, tree, header)
-        except (OSError, SafetensorError) as error:
-            free = shutil.disk_usage(self.directory).free
-            raise CheckpointError(
-                f"cannot write {path}: {error} (about {_tree_bytes(tree)} bytes needed, {free} "
-                "free); the earlier checkpoint is intact, free some space and run the same "
-                "command to continue"
-            ) from None
-        for old in self._steps_on_disk(self.phase)[:-CHECKPOINTS_KEPT]:
-            shutil.rmtree(self._phase_folder(self.phase) / f"step_{old:08d}", ignore_errors=True)
-        return path
+        return self._checkpoints.save(self.phase, step, state, self._progress_so_far())
 
-    def _require_finite_state(self, objects: Mapping[str, Any], step: int) -> None:
-        """A checkpoint with NaN in the weights would replace a good one: refuse it."""
-        if self.options.allow_divergence:
-            return
-        for name, state in objects.items():
-            for key, value in state.items():
-                if hasattr(value, "isfinite") and value.is_floating_point():
-                    finite = value.isfinite()
-                    if not bool(finite.all()):
-                        raise DivergedError(
-                            f"{name}.{key} holds {int((~finite).sum())} non-finite values at step "
-                            f"{step}; the last checkpoint is from before; lower the learning rate"
-                        )
+    def keep_best(
+        self, step: int, state: Mapping[str, Any], score: float, *, higher: bool = True
+    ) -> bool:
+        """Write `checkpoints/<phase>/best` when `score` beats the one kept there; True if so."""
+        facts = self._progress_so_far()
+        return self._checkpoints.keep_best(self.phase, step, state, facts, score, higher=higher)
 
-    def _phase_folder(self, phase: str) -> Path:
-        return self.directory / "checkpoints" / re.sub(r"[^A-Za-z0-9._-]", "_", phase)
+    def load_best(self, state: Mapping[str, Any], phase: str | None = None) -> int:
+        """Put the state that `keep_best` kept back into the objects; its step."""
+        return self._checkpoints.load_best(phase or self.phase, state)
 
-    def _steps_on_disk(self, phase: str) -> list[int]:
-        """Steps with a folder, ascending; ordered by number, never by name or time."""
-        folder = self._phase_folder(phase)
-        if not folder.is_dir():
-            return []
-        found = [re.fullmatch(r"step_(\d{8,})", p.name) for p in folder.iterdir()]
-        return sorted(int(m.group(1)) for m in found if m)
-
-    def _verified(self, phase: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Complete, unaltered checkpoints of this run and phase, newest first."""
-        for step in reversed(self._steps_on_disk(phase)):
-            path = self._phase_folder(phase) / f"step_{step:08d}"
-            try:
-                header = storage.read_header(path)
-                expected = {"run": self.key, "phase": phase, "step": step}
-                for key, value in expected.items():
-                    if header.get(key) != value:
-                        raise CheckpointError(
-                            f"{path}: {key} is {header.get(key)!r}, expected {value!r}"
-                        )
-            except CheckpointError as error:
-                if path not in self._skipped:
-                    self._skipped.add(path)
-                    self.note(f"checkpoint skipped: {error}; using the previous one")
-                continue
-            yield path, header
-
-    def _newest_overall(self) -> dict[str, Any] | None:
-        folder = self.directory / "checkpoints"
-        if not folder.is_dir():
-            return None
-        headers = []
-        for entry in folder.iterdir():
-            headers += [header for _, header in self._verified(entry.name)][:1]
-        return max(headers, key=lambda header: header["metrics_bytes"], default=None)
-
-    def _resume(self, phase: str, state: Mapping[str, Any]) -> int | None:
-        for path, header in self._verified(phase):
-            tree = storage.load_tree(path)
-            missing = set(state) ^ set(tree["objects"])
-            if missing:
-                raise CheckpointError(
-                    f"{path}: holds {sorted(tree['objects'])}, this script saves {sorted(state)}; "
-                    "was it written by another version? use --fresh"
-                )
-            for name, thing in state.items():
-                try:
-                    thing.load_state_dict(tree["objects"][name])
-                except (KeyError, RuntimeError, ValueError) as error:
-                    raise CheckpointError(
-                        f"{path}: {name} does not fit: {error}; use --fresh"
-                    ) from None
-            try:
-                seeding.restore(tree["random"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise CheckpointError(
-                    f"{path}: the random states are incomplete ({error})"
-                ) from None
-            return int(header["step"])
-        return None
+    def _progress_so_far(self) -> dict[str, Any]:
+        return {"metrics_bytes": self._metrics_bytes, "seconds": round(self.seconds, 3)}
 
     # ------------------------------------------------------------ finished parts and artefacts
 
@@ -570,7 +514,7 @@ class Run:
 
         A damaged unit is reported and computed again. Tensors come back on the CPU.
         """
-        path = self.directory / "units" / re.sub(r"[^A-Za-z0-9._-]", "_", name)
+        path = self.directory / "units" / phase_name(name)
         if path.is_dir():
             try:
                 header = storage.read_header(path)
@@ -634,6 +578,7 @@ class Run:
 
         from workbench.tables import write_csv
 
+        self.check_interrupt()
         svg = self.path(f"figures/{name}.svg")
         facts = {"Title": caption, "Description": alt, "Date": None, "Creator": "fivefold"}
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
@@ -664,6 +609,7 @@ class Run:
         """
         from workbench.tables import read_csv, to_markdown
 
+        self.check_interrupt()
         self._flush()
         self._record = {
             "title": title or self.name,
@@ -702,9 +648,3 @@ def _is_disk_full(error: BaseException | None) -> bool:
         return error.errno in DISK_ERRORS
     words = ("No space left on device", "File too large", "Disk quota exceeded")
     return type(error).__name__ == "SafetensorError" and any(w in str(error) for w in words)
-
-
-def _tree_bytes(tree: Any) -> int:
-    tensors: dict[str, Any] = {}
-    storage.pack(tree, tensors)
-    return sum(getattr(t, "nbytes", 0) for t in tensors.values())

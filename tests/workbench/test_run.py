@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from workbench.errors import ConfigError, DivergedError
+from workbench.errors import CheckpointError, ConfigError, DivergedError
 from workbench.run import Run, RunOptions, finite_or_null, settings_key, settings_of
 
 
@@ -148,3 +148,69 @@ def test_too_little_space_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr("workbench.run.SPARE_BYTES", shutil.disk_usage(tmp_path).total * 2)
     with pytest.raises(ConfigError, match="bytes free"), Run.open("p.s", at(tmp_path)):
         raise AssertionError("must not begin")
+
+
+class Counted:
+    """State that is one number."""
+
+    def __init__(self, value: float):
+        self.value = value
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+@pytest.mark.parametrize(("higher", "best"), [(True, 4), (False, 2)])
+def test_the_best_checkpoint_stays_beside_the_last_two(tmp_path, higher, best):
+    scores = {1: 0.5, 2: 0.1, 3: 0.5, 4: 0.9, 5: 0.9, 6: 0.2}
+    state = {"thing": Counted(0)}
+    with Run.open("p.s", at(tmp_path)) as run:
+        for step in run.steps(6, state, save_every=1):
+            state["thing"].value = step
+            beaten = run.keep_best(step, state, scores[step], higher=higher)
+            assert beaten == (step in ({1, 4} if higher else {1, 2}))
+        assert run.load_best(state) == best
+        assert state["thing"].value == best
+    names = sorted(p.name for p in (run.directory / "checkpoints" / "train").iterdir())
+    assert names == ["best", "step_00000005", "step_00000006"]
+    with Run.open("p.s", at(tmp_path)) as again:  # a resumed run meets the same scores again
+        assert not again.keep_best(best, state, scores[best], higher=higher)
+        manifest = run.directory / "checkpoints" / "train" / "best" / "tree.json"
+        manifest.write_bytes(manifest.read_bytes()[:-9])
+        with pytest.raises(CheckpointError, match="no good checkpoint"):
+            again.load_best(state)
+
+
+def test_another_input_under_the_same_name_is_refused(tmp_path):
+    with Run.open("p.s", at(tmp_path)) as run:
+        run.require_same("features", "a" * 64)
+        run.require_same("labels", "c" * 64)
+    with Run.open("p.s", at(tmp_path)) as run:
+        run.require_same("features", "a" * 64)
+        with pytest.raises(ConfigError, match="labels has changed since this run began"):
+            run.require_same("labels", "b" * 64)
+    with Run.open("p.s", at(tmp_path, fresh=True)) as run:
+        run.require_same("labels", "b" * 64)
+
+
+def test_a_model_with_one_changed_weight_is_another_model(tmp_path, monkeypatch):
+    from workbench import models
+
+    with Run.open("p.s", at(tmp_path, device="cpu")) as run:
+        run.load_model("tiny:mistral")
+    load = models.load_model
+
+    def changed(*arguments, **options):
+        model, tokenizer = load(*arguments, **options)
+        with torch.no_grad():
+            list(model.parameters())[-1].view(-1)[-1] += 1e-6
+        return model, tokenizer
+
+    with Run.open("p.s", at(tmp_path, device="cpu")) as run:
+        run.load_model("tiny:mistral")
+        monkeypatch.setattr(models, "load_model", changed)
+        with pytest.raises(ConfigError, match="model has changed"):
+            run.load_model("tiny:mistral")
