@@ -1,23 +1,28 @@
 """Each method's own job, killed and stopped at random moments: the same command ends equal.
 
-Rows 2, 3 (later kills hit the resume) and 5 (SIGTERM) of the fault table; weights, results and
-metrics are compared bit for bit, measured seconds left out.
+Rows 2, 3 (later kills hit the resume), 5 and 19 of the fault table, and of rows 1 and 6 the slow
+part; weights, results and metrics are compared bit for bit, measured seconds left out.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.conftest import ROOT, child_environment
 from tests.drill.drill_job import fingerprint
+from tests.drill.warm import KILLED, Warm
 from tests.test_scripts import TINY
 
 SLICES = {
@@ -49,12 +54,186 @@ def fingerprints(folder: Path) -> dict[str, str]:
     return {str(r.relative_to(folder)): fingerprint(r) for r in runs}
 
 
+# ---------------------------------------------------------------- warm trials
+
+
+@dataclass(frozen=True)
+class Job:
+    """A method's tiny job in a folder of its own, run by the warm process."""
+
+    warm: Warm
+    config: Path
+    folder: Path
+
+    def run(self, **fault: Any) -> dict[str, Any]:
+        arguments = ["--config", str(self.config), "--root", str(self.folder), "--threads", "1"]
+        module = JOBS[self.config]
+        return self.warm.run(module, arguments, self.folder.with_name("cwd"), **fault)
+
+    def fingerprints(self) -> dict[str, str]:
+        return fingerprints(self.folder)
+
+
+@pytest.fixture(scope="session")
+def whole(warm, tmp_path_factory):
+    """What a job gives when nothing happens: (fingerprints, seconds, labels of its events)."""
+    known: dict[Path, tuple[dict[str, str], float, list[str]]] = {}
+
+    def of(config: Path):
+        if config not in known:
+            job = Job(warm, config, tmp_path_factory.mktemp("whole") / "runs")
+            done = job.run()
+            assert done["status"] == 0, done["stderr"]
+            assert not done["network"], done["network"]
+            known[config] = job.fingerprints(), done["seconds"], done["labels"]
+        return known[config]
+
+    return of
+
+
+def by_job(function):
+    return pytest.mark.parametrize(
+        "config", sorted(JOBS), ids=lambda p: f"{p.parent.name}.{p.name}"
+    )(function)
+
+
+def test_every_method_has_a_job():
+    assert {m.split(".")[0] for m in JOBS.values()} == {
+        "mad", "sdm", "lplr_q", "early_exit", "sycomode",
+    }  # fmt: skip
+
+
+def kill_at_random(job: Job, whole, kills: int, generator: np.random.Generator) -> None:
+    """Kill the job `kills` times, each time during the resume of the last; let it end, compare."""
+    expected, seconds, _ = whole(job.config)
+    hits = 0
+    for moment in generator.uniform(0.02, 0.98, kills):
+        hits += job.run(after=moment * seconds)["status"] == -signal.SIGKILL
+    done = job.run()
+    assert done["status"] == 0, done["stderr"]
+    assert job.fingerprints() == expected
+    assert not list(job.folder.rglob(".tmp*"))
+    assert hits, "no kill hit the job"
+
+
+@by_job
+def test_a_job_killed_four_times_ends_as_if_nothing_had_happened(config, warm, whole, tmp_path):
+    job = Job(warm, config, tmp_path / "runs")
+    kill_at_random(job, whole, 4, np.random.default_rng(len(config.name)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(25))
+@by_job
+def test_a_job_killed_a_hundred_times_ends_the_same(config, warm, whole, tmp_path, seed):
+    kill_at_random(Job(warm, config, tmp_path / "runs"), whole, 4, np.random.default_rng(seed))
+
+
+# Where the signals come: the nth event of what the job is doing, in the order of the job. The next
+# one comes in the resumed run.
+SIGNALS = {
+    "mad.train": [
+        ("term", "step train", 3), ("int", "save", 20), ("int2", "step train", 5),
+        ("term", "step train", 4), ("int", "report", 3), ("term", "finish", 4),
+    ],
+    "mad.compare": [
+        ("int", "step train", 2), ("term", "save", 70), ("int2", "save", 40),
+        ("term", "report", 9), ("int", "report", 30), ("term", "finish", 20),
+    ],
+    "early_exit.train": [
+        ("term", "progress hidden states", 1), ("term", "step translators", 4),
+        ("int2", "save", 30), ("int", "step gates", 5), ("int", "unit features_test", 1),
+        ("term", "progress distributions", 1), ("int", "report", 8),
+    ],
+    "lplr_q.run": [
+        ("int", "progress hessians", 2), ("term", "unit evaluate/16-bit", 1),
+        ("int", "progress gptq", 2), ("int2", "progress compress", 40), ("int", "unit lplr", 2),
+        ("term", "unit evaluate/lplr", 1), ("term", "report", 8),
+    ],
+    "sdm.reexpress": [
+        ("int", "progress hidden", 1), ("term", "unit hidden", 1), ("term", "step train", 2),
+        ("int2", "save", 12), ("int", "report", 5),
+    ],
+    "sycomode.consolidate": [
+        ("int", "progress selfstudy", 3), ("term", "unit guard", 1),
+        ("int2", "step lora", 3), ("term", "step memory", 2), ("int", "unit scores-memory", 1),
+        ("term", "report", 5),
+    ],
+}  # fmt: skip
+STATUS = {"term": 128 + signal.SIGTERM, "int": 128 + signal.SIGINT, "int2": 128 + signal.SIGINT}
+LAST_WORDS = re.compile(r"^interrupted: .*[;,] run the same command to continue$", re.MULTILINE)
+
+
+def stop(job: Job, fault: str, within: str, at: int) -> str:
+    """Send the signal there: the job ends soon, says so in one line, with the right status."""
+    done = job.run(fault=fault, within=within, at=at)
+    where = f"{fault} at {within!r} {at} ({done.get('label')}): {done['stderr'][-2000:]}"
+    assert "struck" in done, f"never came to {where}"
+    assert done["stopping_seconds"] <= 5, where
+    assert "Traceback" not in done["stderr"], where
+    if done["status"] == 0:  # the results were being written: then they are whole
+        assert done["label"] in ("finish", "set-up"), where
+        assert job.fingerprints(), where
+        return "finished"
+    assert done["status"] == STATUS[fault], where
+    assert len(LAST_WORDS.findall(done["stderr"])) == 1, where
+    if fault != "int2" and done["label"].startswith("step"):
+        assert re.search(r"^interrupted: saved step \d+; ", done["stderr"], re.MULTILINE), where
+    return done["label"]
+
+
+@by_job
+def test_a_job_stopped_by_signals_in_every_part_ends_the_same(config, warm, whole, tmp_path):
+    job = Job(warm, config, tmp_path / "runs")
+    for fault, within, at in SIGNALS[JOBS[config]]:
+        stop(job, fault, within, at)
+    done = job.run()
+    assert done["status"] == 0, done["stderr"]
+    assert job.fingerprints() == whole(config)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["term", "int", "int2"])
+@by_job
+def test_a_job_stopped_at_twenty_places_ends_the_same(config, warm, whole, tmp_path, fault):
+    expected, _, labels = whole(config)
+    for at in np.linspace(1, len(labels), 20).round().astype(int).tolist():
+        job = Job(warm, config, tmp_path / str(at) / "runs")
+        stop(job, fault, "", at)
+        assert job.run()["status"] == 0
+        assert job.fingerprints() == expected, f"{fault} at event {at}: {labels[at - 1]}"
+        shutil.rmtree(job.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["kill", "full"])
+@by_job
+def test_a_job_struck_at_its_file_events_ends_the_same(config, warm, whole, tmp_path, fault):
+    """Rows 1 and 6 on each method: killed, or the disk full, at 80 events from first to last."""
+    expected, _, labels = whole(config)
+    for at in np.linspace(1, len(labels), 80).round().astype(int).tolist():
+        job = Job(warm, config, tmp_path / str(at) / "runs")
+        done = job.run(fault=fault, at=at)
+        where = f"{fault} at event {at} ({labels[at - 1]}): {done['stderr'][-1500:]}"
+        assert done["status"] in ((KILLED,) if fault == "kill" else (0, 2)), where
+        if done["status"] == 2:
+            assert "Traceback" not in done["stderr"], where
+        done = job.run()
+        assert done["status"] == 0, where + done["stderr"]
+        assert job.fingerprints() == expected, where
+        assert not list(job.folder.rglob(".tmp*")), where
+        shutil.rmtree(job.folder)
+
+
+# ---------------------------------------------------------------- cold: real processes
+
+
 def kill_and_compare(config: Path, folder: Path, kills: int, seed: int) -> None:
-    """Kill the job `kills` times, ask it once to stop, let it end, compare with the whole run."""
+    """The same with `python -m …`, so that kills also hit the imports; the last is a SIGTERM."""
     module = JOBS[config]
     seconds = finish(module, config, folder / "whole")
     expected = fingerprints(folder / "whole")
-    moments = np.random.default_rng(seed).uniform(0.3, 0.95, kills + 1)
+    moments = np.random.default_rng(seed).uniform(0.0, 0.95, kills + 1)
     done = 0
     for i, moment in enumerate(moments):
         process = start(module, config, folder / "killed")
@@ -65,7 +244,7 @@ def kill_and_compare(config: Path, folder: Path, kills: int, seed: int) -> None:
             process.send_signal(number)
             done += 1
         _, message = process.communicate(timeout=60)
-        # 143: stopped by us after saving; -SIGTERM: it came before the run was opened
+        # 143: stopped by us after saving; -SIGTERM: Python itself was still starting
         assert process.returncode in (0, -signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM)
         if number == signal.SIGTERM:
             assert b"Traceback" not in message, message.decode("utf-8", "replace")[-2000:]
@@ -74,22 +253,15 @@ def kill_and_compare(config: Path, folder: Path, kills: int, seed: int) -> None:
     assert done, "no signal hit the job"
 
 
-def test_every_method_has_a_job():
-    assert {m.split(".")[0] for m in JOBS.values()} == {
-        "mad", "sdm", "lplr_q", "early_exit", "sycomode",
-    }  # fmt: skip
+COLD = [
+    pytest.param(c, marks=[] if m == "mad.train" else pytest.mark.slow, id=m)
+    for c, m in sorted(JOBS.items())
+]
 
 
-@pytest.mark.parametrize("config", sorted(JOBS), ids=lambda p: f"{p.parent.name}.{p.name}")
-def test_a_job_killed_and_stopped_ends_as_if_nothing_had_happened(config, tmp_path):
-    kill_and_compare(config, tmp_path, kills=3, seed=len(config.name))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("config", sorted(JOBS), ids=lambda p: f"{p.parent.name}.{p.name}")
-def test_a_job_killed_many_times_ends_as_if_nothing_had_happened(config, tmp_path, seed):
-    kill_and_compare(config, tmp_path, kills=10, seed=seed)
+@pytest.mark.parametrize("config", COLD)
+def test_a_process_killed_from_import_to_report_ends_the_same(config, tmp_path):
+    kill_and_compare(config, tmp_path, kills=2, seed=len(config.name))
 
 
 def test_workers_of_a_killed_sweep_end_with_it(tmp_path):
