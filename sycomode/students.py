@@ -20,6 +20,7 @@ import contextlib
 import copy
 import shutil
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Reader(nn.Module):
+class Reader(nn.Module, ABC):
     """A model with something in front of the conversation."""
 
     unpredicted: int = 0
@@ -46,9 +47,9 @@ class Reader(nn.Module):
         self.model = model
         self.bos = bos
 
+    @abstractmethod
     def read(self, ids: Int[Tensor, "batch time"], hidden: bool = False) -> Any:
         """The model's output over the positions that predict `ids`."""
-        raise NotImplementedError
 
     def logits(self, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:
         """Logits that predict ids[:, 0], ids[:, 1], …"""
@@ -148,13 +149,13 @@ class Student(Reader):
             for name, parameter in mine.items():
                 parameter.copy_(state[name])
 
+    @abstractmethod
     def save(self, directory: Path) -> None:
         """Write the artefact: a folder that PEFT (or transformers, for `full`) loads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reload(self, directory: Path, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
         """`logits` of the saved artefact, loaded by the public loaders."""
-        raise NotImplementedError
 
 
 class Full(Student):

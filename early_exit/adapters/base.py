@@ -8,6 +8,7 @@ familiar is refused instead of decoded wrongly.
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -71,7 +72,7 @@ class Costs:
         return self.block + self.context * context + self.mixer
 
 
-class Adapter:
+class Adapter(ABC):
     """Drives the blocks of one causal language model. Subclasses know one family.
 
     Notation: L blocks 0..L-1, `h_j` the residual stream after block j, exit e sits after block e.
@@ -145,6 +146,7 @@ class Adapter:
         del before
         return after
 
+    @abstractmethod
     def run(
         self,
         hidden: Float[Tensor, "batch time width"],
@@ -157,8 +159,8 @@ class Adapter:
 
         With a state the tokens continue it (and are appended); without one they are a whole text.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def fill(
         self,
         hidden: Float[Tensor, "batch time width"],
@@ -169,15 +171,14 @@ class Adapter:
         policy: Policy = "propagate",
     ) -> None:
         """Give blocks low..high-1 a state for tokens that do not pass through them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def new_cache(self, batch: int, capacity: int) -> Any:
         """An empty state for `capacity` tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def costs(self) -> Costs:
         """Arithmetic of one block, one fill, one vocabulary check."""
-        raise NotImplementedError
 
     def policies(self) -> tuple[str, ...]:
         """State policies this family can follow."""
