@@ -348,5 +348,5 @@ def test_stacks_may_be_named(tmp_path):
     result = compare.main(at(tmp_path, named))
     assert set(result) == {"memorization: perceptron", "memorization: M", "runs"}
     (folder,) = tmp_path.glob("mad/compare-*")
-    rows = read_csv(folder / "tables/comparison.csv")
+    rows = read_csv(folder / "figures/comparison.csv")
     assert [row["layers"] for row in rows] == ["mlp mlp", "mlp"]
