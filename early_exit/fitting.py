@@ -11,7 +11,7 @@ from early_exit.adapters.base import Adapter
 from early_exit.features import labels, measure, residual
 from early_exit.heads import Exits, Gates
 from workbench.errors import DataError
-from workbench.optim import cosine_schedule
+from workbench.optim import clip, cosine_schedule
 from workbench.run import Run
 
 WEIGHTINGS = ("uniform", "wsum")
@@ -49,9 +49,10 @@ def fit_translators(
         guess = adapter.logits(translators(h[pick].to(adapter.device))).log_softmax(-1)
         target = target[:, None].expand_as(guess)
         loss = F.kl_div(guess, target, log_target=True, reduction="none").sum(-1).mean()
-        run.require_finite(step, loss=loss, batch={"rows": pick})
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        norm = clip(translators.parameters(), 0)
+        run.require_finite(step, {"rows": pick}, loss=loss, gradient_norm=norm)
         optimizer.step()
         schedule.step()
         if step % 10 == 0 or step == steps:
@@ -97,9 +98,10 @@ def fit_gates(
         logits = gates((x[pick] - mean) / scale)
         each = F.cross_entropy(logits.transpose(1, 2), target[pick], reduction="none").mean(0)
         loss = (weights * each).sum()
-        run.require_finite(step, loss=loss, batch={"rows": pick})
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        norm = clip(gates.parameters(), 0)
+        run.require_finite(step, {"rows": pick}, loss=loss, gradient_norm=norm)
         optimizer.step()
         schedule.step()
         if step % 10 == 0 or step == steps:

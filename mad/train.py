@@ -220,10 +220,11 @@ def main(experiment: Experiment) -> dict[str, Any]:
                 targets[rows].long().flatten(),
                 ignore_index=IGNORE,
             )
-            run.require_finite(step, loss=loss, batch={"inputs": inputs[rows]})
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = clip(model.parameters(), protocol.clip_norm)
+            batch = {"inputs": inputs[rows], "targets": targets[rows]}
+            run.require_finite(step, batch, loss=loss, gradient_norm=norm)
             lr = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()

@@ -270,7 +270,7 @@ def train(run: Run, experiment: Experiment, pool: FeatureSet, n_first: int) -> S
     for epoch in run.steps(
         experiment.epoch, {"trainer": trainer}, save_every=experiment.save_every, label="epochs"
     ):
-        run.log(epoch, trainer.run_epoch(epoch))
+        run.log(epoch, trainer.run_epoch(epoch, run.require_finite))
     return classifier.adopt(trainer)
 
 

@@ -8,6 +8,7 @@ arithmetic, because Adam's state is kept per element and the loss is a sum over 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from sdm.cdf import distance_quantile, per_class_sorted
 from sdm.matching import Support, match
 from sdm.model import Calibration, SDMModel, calibrate
 from workbench.errors import DataError, DivergedError
+from workbench.optim import clip
 from workbench.seeding import Streams
 
 PARAMETERS = ("weight", "bias", "head_weight", "head_bias")
@@ -73,6 +75,19 @@ def check_classes(labels: np.ndarray, n_classes: int, where: str) -> None:
         raise DataError(
             f"class {int(counts.argmin())} has {counts.min()} points in the {where}; "
             f"at least 2 are needed (points per class: {listing})"
+        )
+
+
+def refuse_divergence(epoch: int, batch: object, **values: Tensor) -> None:
+    """`Run.require_finite` for a training without a run: nothing is kept.
+
+    Raises:
+        DivergedError: one of the values is not finite.
+    """
+    bad = [name for name, value in values.items() if not bool(torch.isfinite(value))]
+    if bad:
+        raise DivergedError(
+            f"{', '.join(bad)} not finite in epoch {epoch}; lower the learning rate"
         )
 
 
@@ -145,12 +160,18 @@ class Trainer:
         maps = {name: chosen[name][j].detach() for name in PARAMETERS}
         return Adaptor(centre=self.centre[j], scale=self.scale[j], **maps)
 
-    def run_epoch(self, epoch: int) -> dict[str, float]:
+    def run_epoch(
+        self, epoch: int, require_finite: Callable[..., None] | None = None
+    ) -> dict[str, float]:
         """One pass over every training half, then fresh q and d; epochs count from 1.
 
         Returns the mean training loss and, for the best iteration so far, the calibration metric.
+
+        Raises:
+            DivergedError: a loss or gradient is not finite; the update is not made. A run's own
+                `require_finite(epoch, batch, **values)` also keeps the batch.
         """
-        loss = self._pass(epoch)
+        loss = self._pass(epoch, require_finite or refuse_divergence)
         metrics = []
         for j in range(self.n_iterations):
             adaptor = self.adaptor(j)
@@ -171,7 +192,7 @@ class Trainer:
             "train/distance_mean": float(self.distance.mean()),
         }
 
-    def _pass(self, epoch: int) -> float:
+    def _pass(self, epoch: int, require_finite: Callable[..., None]) -> float:
         """Adam over all mini-batches of all iterations."""
         runs, n_train = self.train_index.shape
         order = torch.stack(
@@ -192,10 +213,10 @@ class Trainer:
             losses = sdm_loss(logits, self.labels[index], q, d).mean(1)
             self.optimizer.zero_grad(set_to_none=True)
             losses.sum().backward()
+            norm = clip(self.parameters.values(), 0)
+            require_finite(epoch, {"rows": index}, loss=losses.detach().mean(), gradient_norm=norm)
             self.optimizer.step()
             total += losses.detach() * rows.shape[1]
-        if not bool(torch.isfinite(total).all()):
-            raise DivergedError(f"the loss is not finite in epoch {epoch}; lower --learning_rate")
         return float(total.mean()) / n_train
 
     def _match_training(self, j: int, adaptor: Adaptor) -> tuple[Support, Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from sycomode.registry import objective_named
@@ -199,8 +200,7 @@ def distil(
     for step in range(1, experiment.steps + 1):
         stream = run.streams(f"batches/{index}", index=step)
         parts = losses(student, objective, given, recipe, stream)
-        run.require_finite(step, loss=parts["loss"].detach())
-        update(optimizer, schedule, parts["loss"])
+        update(optimizer, schedule, parts, partial(run.require_finite, step))
         run.check_interrupt()
     return student
 

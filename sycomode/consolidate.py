@@ -13,6 +13,7 @@ never saw; gates decide the exit status (3 if one is missed); artefacts are writ
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -282,8 +283,7 @@ def _train(
         if step == 1:
             curve.add(0, name, examiner.quick(student))
         parts = losses(student, objective, given, recipe, stream)
-        run.require_finite(step, loss=parts["loss"].detach())
-        norm = update(optimizer, schedule, parts["loss"])
+        norm = update(optimizer, schedule, parts, partial(run.require_finite, step))
         shown = {f"{name}/{key}_nats": value.detach() for key, value in parts.items()}
         run.log(step, shown | {f"{name}/gradient_norm": norm})
         if run.every(step, e.evaluate_every) or step == e.steps:

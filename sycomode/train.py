@@ -9,6 +9,7 @@ conversations about the prompt, towards the *bare* model on text the prompt does
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,11 +96,21 @@ def losses(
     return parts
 
 
-def update(optimizer: torch.optim.Optimizer, schedule: Any, loss: Tensor) -> Tensor:
-    """One step down `loss`; returns the gradient's norm before clipping to 1."""
+def update(
+    optimizer: torch.optim.Optimizer,
+    schedule: Any,
+    parts: dict[str, Tensor],
+    require_finite: Callable[..., None],
+) -> Tensor:
+    """One step down `parts["loss"]`; returns the gradient's norm before clipping to 1.
+
+    `require_finite(batch, loss=…, gradient_norm=…)` is asked before anything changes.
+    """
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    parts["loss"].backward()
     norm = clip([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    batch = {name: value.detach() for name, value in parts.items()}
+    require_finite(batch, loss=batch["loss"], gradient_norm=norm)
     optimizer.step()
     schedule.step()
     return norm

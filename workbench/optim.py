@@ -148,5 +148,6 @@ def clip(parameters: Iterable[torch.nn.Parameter], max_norm: float = 1.0) -> tor
     listed = [p for p in parameters if p.grad is not None]
     if not listed:
         return torch.zeros(())
-    limit = max_norm if max_norm > 0 else math.inf
-    return torch.nn.utils.clip_grad_norm_(listed, limit)
+    if max_norm <= 0:
+        return torch.nn.utils.get_total_norm([p.grad for p in listed])
+    return torch.nn.utils.clip_grad_norm_(listed, max_norm)

@@ -87,10 +87,10 @@ def test_an_interrupted_run_continues_to_the_same_bits(experiment, tmp_path, mon
     broken = dataclasses.replace(experiment, run=second_root)
     original = Trainer.run_epoch
 
-    def stop(self, epoch):
+    def stop(self, epoch, *rest):
         if epoch == 4:
             raise KeyboardInterrupt
-        return original(self, epoch)
+        return original(self, epoch, *rest)
 
     monkeypatch.setattr(Trainer, "run_epoch", stop)
     with pytest.raises(KeyboardInterrupt):

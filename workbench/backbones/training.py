@@ -138,8 +138,8 @@ def train_backbone(
                 logits = model(input_ids=ids, use_cache=False).logits
             loss = weighted_loss(logits.float(), ids, weights)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            run.require_finite(step, loss=loss, batch={"ids": ids})
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            run.require_finite(step, {"ids": ids}, loss=loss, gradient_norm=norm)
             for name in ("muon", "adamw"):
                 optimisers[name].step()
                 optimisers[name].zero_grad(set_to_none=True)
