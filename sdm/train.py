@@ -212,9 +212,10 @@ class Trainer:
             q, d = self.similarity.gather(1, rows), self.distance.gather(1, rows)
             losses = sdm_loss(logits, self.labels[index], q, d).mean(1)
             self.optimizer.zero_grad(set_to_none=True)
-            losses.sum().backward()
+            loss = losses.sum()
+            loss.backward()
             norm = clip(self.parameters.values(), 0)
-            require_finite(epoch, {"rows": index}, loss=losses.detach().mean(), gradient_norm=norm)
+            require_finite(epoch, {"rows": index}, loss=loss.detach(), gradient_norm=norm)
             self.optimizer.step()
             total += losses.detach() * rows.shape[1]
         return float(total.mean()) / n_train

@@ -106,6 +106,9 @@ def sample(
 
     Tokens in `banned_next` never follow the opening sequence, wherever it comes up; a row ends
     before the first `stop` token.
+
+    Raises:
+        DataError: logits that are not finite.
     """
     device = teacher.model.device
     begin = list(opening)
@@ -125,6 +128,11 @@ def sample(
             closed = torch.isin(torch.arange(logits.shape[1], device=device), barred)
             logits = logits.masked_fill(after[:, None] & closed, -torch.inf)
         chances = logits.softmax(-1).cpu()
+        if not bool(torch.isfinite(chances).all()):
+            raise DataError(
+                "the logits of the prompted model are not finite; its weights are damaged or the "
+                "number format is too narrow (try --dtype float32)"
+            )
         fresh = torch.multinomial(chances, 1, generator=generator).to(device)
         ids = torch.cat([ids, fresh], dim=1)
     ends = set(stop)

@@ -78,7 +78,11 @@ def token_nats(
     blocks: Int64[Tensor, "rows length"],
     batch_size: int = 8,
 ) -> Float[Tensor, "rows predicted"]:
-    """−ln p(token t+1 | tokens ≤ t) for each row and t = 0 … length−2, on the CPU in float32."""
+    """−ln p(token t+1 | tokens ≤ t) for each row and t = 0 … length−2, on the CPU in float32.
+
+    Raises:
+        DataError: blocks of another shape or vocabulary, or a model whose logits are not finite.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -105,7 +109,14 @@ def token_nats(
                 parts.append(nats.view(ids.shape[0], -1).cpu())
     finally:
         model.train(was_training)
-    return torch.cat(parts)
+    nats = torch.cat(parts)
+    if not bool(torch.isfinite(nats).all()):
+        bad = int((~torch.isfinite(nats)).sum())
+        raise DataError(
+            f"the model's logits are not finite at {bad} of {nats.numel()} tokens; its weights are "
+            "damaged or the number format is too narrow (try --dtype float32)"
+        )
+    return nats
 
 
 def _ratio_interval(

@@ -8,6 +8,7 @@ familiar is refused instead of decoded wrongly.
 from __future__ import annotations
 
 import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from workbench.errors import ConfigError, unknown_name
+from workbench.errors import ConfigError, DataError, unknown_name
 
 Policy = Literal["propagate", "defer", "copy_token", "copy_layer", "skip"]
 """What happens to the state of the blocks a token skips."""
@@ -224,6 +225,11 @@ def _check(adapter: Adapter) -> None:
     adapter.model.train(was_training)
     loose = adapter.dtype in (torch.float16, torch.bfloat16)
     limit = 0.25 if loose else 2e-3
+    if not math.isfinite(error):
+        raise DataError(
+            f"{type(adapter.model).__name__}: its logits are not finite; the weights hold NaN or "
+            "infinite values or the number format is too narrow (try --dtype float32)"
+        )
     if not error <= limit:
         raise ConfigError(
             f"{type(adapter.model).__name__} has the attributes of the {adapter.family} layout but "

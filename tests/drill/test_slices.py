@@ -7,29 +7,19 @@ part; weights, results and metrics are compared bit for bit, measured seconds le
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.conftest import ROOT, child_environment
-from tests.drill.drill_job import fingerprint
-from tests.drill.warm import KILLED, Warm
-from tests.test_scripts import TINY
-
-SLICES = {
-    "mad.train", "mad.compare", "sdm.reexpress", "lplr_q.run", "early_exit.train",
-    "sycomode.consolidate",
-}  # fmt: skip
-JOBS = {config: module for config, module in TINY.items() if module in SLICES}
+from tests.drill.jobs import JOBS, Job, fingerprints, stop
+from tests.drill.warm import KILLED
 
 
 def start(module: str, config: Path, folder: Path) -> subprocess.Popen:
@@ -48,47 +38,7 @@ def finish(module: str, config: Path, folder: Path) -> float:
     return time.monotonic() - begin
 
 
-def fingerprints(folder: Path) -> dict[str, str]:
-    runs = sorted(p.parent for p in folder.rglob("results.json"))
-    assert runs
-    return {str(r.relative_to(folder)): fingerprint(r) for r in runs}
-
-
 # ---------------------------------------------------------------- warm trials
-
-
-@dataclass(frozen=True)
-class Job:
-    """A method's tiny job in a folder of its own, run by the warm process."""
-
-    warm: Warm
-    config: Path
-    folder: Path
-
-    def run(self, **fault: Any) -> dict[str, Any]:
-        arguments = ["--config", str(self.config), "--root", str(self.folder), "--threads", "1"]
-        module = JOBS[self.config]
-        return self.warm.run(module, arguments, self.folder.with_name("cwd"), **fault)
-
-    def fingerprints(self) -> dict[str, str]:
-        return fingerprints(self.folder)
-
-
-@pytest.fixture(scope="session")
-def whole(warm, tmp_path_factory):
-    """What a job gives when nothing happens: (fingerprints, seconds, labels of its events)."""
-    known: dict[Path, tuple[dict[str, str], float, list[str]]] = {}
-
-    def of(config: Path):
-        if config not in known:
-            job = Job(warm, config, tmp_path_factory.mktemp("whole") / "runs")
-            done = job.run()
-            assert done["status"] == 0, done["stderr"]
-            assert not done["network"], done["network"]
-            known[config] = job.fingerprints(), done["seconds"], done["labels"]
-        return known[config]
-
-    return of
 
 
 def by_job(function):
@@ -160,26 +110,6 @@ SIGNALS = {
         ("term", "report", 5),
     ],
 }  # fmt: skip
-STATUS = {"term": 128 + signal.SIGTERM, "int": 128 + signal.SIGINT, "int2": 128 + signal.SIGINT}
-LAST_WORDS = re.compile(r"^interrupted: .*[;,] run the same command to continue$", re.MULTILINE)
-
-
-def stop(job: Job, fault: str, within: str, at: int) -> str:
-    """Send the signal there: the job ends soon, says so in one line, with the right status."""
-    done = job.run(fault=fault, within=within, at=at)
-    where = f"{fault} at {within!r} {at} ({done.get('label')}): {done['stderr'][-2000:]}"
-    assert "struck" in done, f"never came to {where}"
-    assert done["stopping_seconds"] <= 5, where
-    assert "Traceback" not in done["stderr"], where
-    if done["status"] == 0:  # the results were being written: then they are whole
-        assert done["label"] in ("finish", "set-up"), where
-        assert job.fingerprints(), where
-        return "finished"
-    assert done["status"] == STATUS[fault], where
-    assert len(LAST_WORDS.findall(done["stderr"])) == 1, where
-    if fault != "int2" and done["label"].startswith("step"):
-        assert re.search(r"^interrupted: saved step \d+; ", done["stderr"], re.MULTILINE), where
-    return done["label"]
 
 
 @by_job
