@@ -14,6 +14,10 @@ class ConfigError(ValueError):
     """A flag, a YAML key or a combination of settings that cannot work."""
 
 
+class InUse(ConfigError):
+    """A run that another process is working on; a sweep comes back to it later."""
+
+
 class DataError(ValueError):
     """An input file or array that is damaged, empty or of the wrong shape."""
 

@@ -40,6 +40,7 @@ from workbench.errors import (
     DataError,
     DivergedError,
     Interrupted,
+    InUse,
 )
 from workbench.record import (
     RunOptions,
@@ -200,13 +201,13 @@ class Run:
             lock.acquire()
         except (NotImplementedError, OSError) as error:
             if isinstance(error, filelock.Timeout):
-                raise ConfigError(self._lock_message(owner)) from None
+                raise InUse(self._lock_message(owner)) from None
             # A file system without locks (some NFS): the file's existence is the lock.
             lock = filelock.SoftFileLock(path.with_suffix(".softlock"), timeout=0)
             try:
                 lock.acquire()
             except filelock.Timeout:
-                raise ConfigError(
+                raise InUse(
                     self._lock_message(owner)
                     + f"; if that process is gone, delete {path.with_suffix('.softlock')}"
                 ) from None

@@ -6,6 +6,8 @@
 A sweep needs no state of its own: each experiment finds its run folder by its hash, so running the
 sweep again skips what is done and resumes what is not, in whatever executor. A failed or crashed
 experiment does not stop the others, and every executor gives the same list in the same order.
+The same sweep may be started several times at once, also on several machines with one run folder:
+what another process is working on is left to it, and its result is read when it is there.
 """
 
 from __future__ import annotations
@@ -15,17 +17,24 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal
 
-from workbench.errors import ConfigError, Interrupted, shorten, unknown_name
+from workbench.errors import ConfigError, Interrupted, InUse, shorten, unknown_name
 
 EXECUTORS = ("serial", "process", "ray")
 FAILED = "failed"
 """Key of a result that stands for an experiment that did not finish; its value says why."""
+
+BUSY = "busy"
+"""Key of a result that stands for an experiment another process is working on."""
+
+WAIT_SECONDS = 0.2, 10.0  # the first wait for such an experiment, and the longest
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -82,6 +91,24 @@ def run_all(
     if workers < 1:
         raise ConfigError(f"workers={workers}: expected at least 1")
     experiments = list(experiments)
+    results = _run_once(main, experiments, executor, workers)
+    wait, longest = WAIT_SECONDS
+    told = False
+    while busy := [i for i, result in enumerate(results) if BUSY in result]:
+        if not told:
+            told = True
+            sys.stderr.write(f"waiting for {len(busy)} of them: {results[busy[0]][BUSY]}\n")
+        time.sleep(wait)
+        wait = min(longest, 2 * wait)
+        again = _run_once(main, [experiments[i] for i in busy], executor, workers)
+        for i, result in zip(busy, again, strict=True):
+            results[i] = result
+    return results
+
+
+def _run_once(
+    main: Callable[[Any], dict[str, Any]], experiments: list[Any], executor: str, workers: int
+) -> list[dict[str, Any]]:
     if executor == "serial" or not experiments:
         return [guarded(main, experiment) for experiment in experiments]
     single = [_one_thread(experiment) for experiment in experiments]
@@ -96,6 +123,8 @@ def guarded(main: Callable[[Any], dict[str, Any]], experiment: Any) -> dict[str,
     """`main(experiment)`, or {"failed": "ErrorClass: message"}; interruption is passed on."""
     try:
         return main(experiment)
+    except InUse as error:
+        return {BUSY: str(error)}
     except Exception as error:
         return {FAILED: shorten(f"{type(error).__name__}: {error}", 500)}
 
