@@ -5,7 +5,7 @@
 Lazy-batched LDLQ against one full-width product per block, the class search of the E8P encoder
 against scoring all 256 patterns, and the fast Hadamard transform against a dense product. Both
 forms of a pair are timed alternately; the ratio of the smallest CPU times is printed and written
-to ldlq.csv.
+beside this file.
 """
 
 import argparse
@@ -87,6 +87,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--size", type=int, default=512)
-    parser.add_argument("--output", type=Path, default=Path("ldlq.csv"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"))
     arguments = parser.parse_args()
     main(arguments.repeats, arguments.size, arguments.output)
