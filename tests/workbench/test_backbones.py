@@ -193,7 +193,7 @@ def test_the_curriculum_follows_the_budget():
     lengths = [recipe.stage(step).length for step in (1, 35, 36, 100)]
     assert lengths == [256, 256, 512, 512]
     assert recipe.stage(100).n_facts == (8, 40)
-    assert quick(recipe).curriculum[0].n_facts == (3, 8)
+    assert quick(recipe).curriculum[0].n_facts == (3, 6)
 
 
 # ---------------------------------------------------------------- structured start
@@ -311,7 +311,7 @@ class SilentRun:
     def note(self, text):
         pass
 
-    def require_finite(self, step, **values):
+    def require_finite(self, step, batch=None, **values):
         pass
 
 
@@ -507,7 +507,7 @@ def test_micro_mistral_answers_by_generation_with_and_without_its_document():
 def test_the_quick_recipe_learns_to_read(tmp_path):
     run = SilentRun(tmp_path)
     model = train_backbone(quick(MICRO_MISTRAL), run, probe_every=0)  # type: ignore[arg-type]
-    # the goal: seed 0 reaches .69 in 56 CPU seconds, so this fails until the recipe is better
+    # seeds 0, 1, 2 reach .93, .96, .87 in about 50 CPU seconds
     assert document_recall(model, ENCODE, 8, n=64) >= 0.75
 
 
