@@ -6,7 +6,7 @@ comparison with published tables only.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +37,14 @@ class Score:
     """Number of scored positions."""
     n_rows: int
     """Number of rows."""
+    correct: Int[Tensor, " rows"] = field(repr=False, compare=False)
+    """Right answers of each row."""
+    scored: Int[Tensor, " rows"] = field(repr=False, compare=False)
+    """Scored positions of each row."""
 
     def named(self, prefix: str) -> dict[str, float]:
-        """The fields under names such as `test/accuracy`."""
-        return {f"{prefix}/{key}": value for key, value in asdict(self).items()}
+        """The numbers under names such as `test/accuracy`."""
+        return {f"{prefix}/{f.name}": getattr(self, f.name) for f in fields(self) if f.compare}
 
 
 def macro_accuracy(
@@ -128,4 +132,6 @@ def evaluate(
         nll_nats=nats / n if n else math.nan,
         n_scored=n,
         n_rows=len(inputs),
+        correct=right,
+        scored=asked,
     )

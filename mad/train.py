@@ -240,9 +240,10 @@ def main(experiment: Experiment) -> dict[str, Any]:
                     break
 
         with mixed:
-            results = score_run(experiment, task, model, progress, data)
+            results, rows = score_run(experiment, task, model, progress, data)
         weights, metadata = progress.weights, {"layers": " ".join(experiment.layers)}
         run.save_tensors("model.safetensors", weights, metadata | {"task": experiment.task})
+        run.save_tensors("test_rows.safetensors", rows)
         report.draw_run(run, results)
         return run.finish(
             results,
@@ -258,9 +259,10 @@ def score_run(
     model: nn.Module,
     progress: Progress,
     data: dict[Split, tuple[Tensor, ...]],
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Test scores of the last and of the selected weights, and what they have to be read beside.
 
+    The second part holds the right answers and scored positions of each test row, for resampling.
     Leaves the selected weights in the model.
     """
     from mad.evaluate import evaluate
@@ -275,7 +277,7 @@ def score_run(
     full = evaluate(model, inputs, dense, batch_size=size)
     score = selected if PROTOCOLS[experiment.protocol].selected else last
     n_train, costs = len(data["train"][0]), account(model, task.length)
-    return {
+    results = {
         "task": experiment.task,
         "stack": stack_name(experiment.layers),
         "test_accuracy": score.accuracy,
@@ -305,6 +307,7 @@ def score_run(
         "protocol": experiment.protocol,
         "curve": progress.curve,
     }
+    return results, {"correct": score.correct, "scored": score.scored}
 
 
 if __name__ == "__main__":
