@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,6 +99,15 @@ LAYERS: dict[str, LayerSpec] = {  # order = order in reports
         "sequence",
         AttentionOptions(num_heads=16, window=32),
     ),
+    "canon-attention": LayerSpec(
+        "mad.layers.attention:Attention", "Ac", "sequence", AttentionOptions(canon="a")
+    ),
+    "mh-canon-attention": LayerSpec(
+        "mad.layers.attention:Attention",
+        "mAc",
+        "sequence",
+        AttentionOptions(num_heads=16, canon="a"),
+    ),
     "linear-attention": LayerSpec(
         "mad.layers.linear_attention:LinearAttention", "Al", "sequence", LinearAttentionOptions()
     ),
@@ -136,6 +146,11 @@ def task_spec(name: str) -> TaskSpec:
     raise unknown_name("task", name, TASKS)
 
 
+def backbone_of(task: Task) -> Literal["language-model", "autoencoder"]:
+    """The backbone that a task is made for, its attribute `backbone`; a language model if none."""
+    return getattr(task, "backbone", "language-model")
+
+
 def build_task(name: str, given: dict[str, Any]) -> tuple[Task, int]:
     """The task and its number of training rows; `given` options win over the task's baseline.
 
@@ -154,6 +169,24 @@ def build_task(name: str, given: dict[str, Any]) -> tuple[Task, int]:
     return make(**options), n_train
 
 
+def assignments(texts: Iterable[str], where: str) -> dict[str, Any]:
+    """What `option=value` texts say; values are read as YAML scalars (`none` is null).
+
+    >>> assignments(["num_heads=4", "window=none"], "layer")
+    {'num_heads': 4, 'window': None}
+    """
+    given: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"{where}: {text!r} is not of the form option=value")
+        try:
+            given[key.strip()] = None if value == "none" else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{where}: {text!r} has no readable value") from error
+    return given
+
+
 @dataclass(frozen=True)
 class LayerChoice:
     """A layer as the user wrote it: name or `module:Class`, with options."""
@@ -167,13 +200,22 @@ class LayerChoice:
     options: dict[str, Any]
     """All options, defaults included."""
 
-    def make(self, width: int, max_length: int) -> nn.Module:
-        """The layer, freshly initialised from torch's current random state."""
+    def make(
+        self, width: int, max_length: int, *, layer_id: int = 0, n_layers: int = 1
+    ) -> nn.Module:
+        """The layer, freshly initialised from torch's current random state.
+
+        `layer_id` (its place in the stack, from 0) and `n_layers` reach the layers that ask for
+        them by name: some start differently at the bottom and at the top.
+        """
         layer = load_object(self.build)
         parameters = inspect.signature(layer).parameters
+        place = {"layer_id": layer_id, "n_layers": n_layers}
+        known = {key: value for key, value in place.items() if key in parameters}
+        arguments = known | self.options
         if "max_length" in parameters:
-            return layer(width, max_length, **self.options)
-        return layer(width, **self.options)
+            return layer(width, max_length, **arguments)
+        return layer(width, **arguments)
 
 
 def parse_layer(text: str) -> LayerChoice:
@@ -182,20 +224,16 @@ def parse_layer(text: str) -> LayerChoice:
     >>> parse_layer("mh-attention,num_heads=4").short
     'mA(num_heads=4)'
     """
-    name, *assignments = (part.strip() for part in text.split(","))
-    given: dict[str, Any] = {}
-    for assignment in assignments:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"layer {text!r}: {assignment!r} is not of the form option=value")
-        given[key] = None if value == "none" else yaml.safe_load(value)
+    name, *parts = (part.strip() for part in text.split(","))
+    given = assignments(parts, f"layer {text!r}")
     if name in LAYERS:
         spec = LAYERS[name]
         defaults, build, short = asdict(spec.options), spec.build, spec.short
     elif ":" in name:
         build, short = name, name.rpartition(":")[2]
         parameters = inspect.signature(load_object(build)).parameters
-        defaults = {key: None for key in parameters if key not in ("width", "max_length")}
+        set_by_model = ("width", "max_length", "layer_id", "n_layers")
+        defaults = {key: None for key in parameters if key not in set_by_model}
     else:
         raise unknown_name("layer", name, LAYERS)
     for key, value in given.items():

@@ -13,14 +13,32 @@ class AttentionOptions:
 
     num_heads: int = 1
     """Heads H; the width must be divisible by it."""
+    num_heads_kv: int | None = None
+    """Key and value heads, each read by an equal share of the heads; none means H."""
     rotary_dim: int | None = None
-    """Leading dimensions of a head that are rotated; none means all of them, 0 no rotation."""
+    """Leading dimensions of a head that are rotated; none means all of them (with `alibi` none of
+    them), 0 no rotation."""
+    rotary_interleaved: bool = False
+    """Rotate pairs (2i, 2i + 1) instead of (i, i + rotary_dim/2)."""
+    xpos: bool = False
+    """Let each rotated pair decay with the distance at a rate of its own."""
+    alibi: bool = False
+    """Subtract from each score the distance times 2^(−8h/H) for head h = 1 … H."""
+    softmax_scale: float | None = None
+    """Factor of the scores; none means 1/√(head width)."""
     window: int | None = None
     """A position attends to itself and this many positions before it; none means all."""
+    dwconv: bool = False
+    """Causal depthwise filter of width 3 on queries, keys and values."""
+    canon: Literal["none", "a", "b", "ab"] = "none"
+    """Residual causal depthwise filter before the layer (a), after its projections (b), or both."""
+    canon_taps: int = 4
+    """Width of the canon filters."""
     bias: bool = True
     """Biases in the four projections."""
-    kernel: Literal["sdpa", "eager"] = "sdpa"
-    """`eager` writes the softmax out; `sdpa` is torch's fused form of it."""
+    backend: Literal["auto", "sdpa", "flash", "eager"] = "auto"
+    """`eager` writes the softmax out, `sdpa` is torch's fused form of it, `flash` that of the
+    package flash-attn; `auto` takes the best that is here."""
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ VARIANTS = [
     "hyena,kernel=fft",
     "mh-hyena,num_heads=4,kernel=fft",
     "sliding-attention,window=3",
-    "attention,kernel=eager,rotary_dim=0",
+    "attention,backend=eager,rotary_dim=0",
     "linear-attention,feature_map=elu,normalize=sum",
     *(f"mh-linear-attention,num_heads=4,feature_map={kind}" for kind in FEATURE_MAPS),
 ]
