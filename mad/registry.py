@@ -17,6 +17,7 @@ import yaml
 
 from mad.layers.options import (
     AttentionOptions,
+    BasedOptions,
     HyenaOptions,
     LinearAttentionOptions,
     MLPOptions,
@@ -117,6 +118,7 @@ LAYERS: dict[str, LayerSpec] = {  # order = order in reports
         "sequence",
         LinearAttentionOptions(num_heads=16),
     ),
+    "based": LayerSpec("mad.layers.based:Based", "Ba", "sequence", BasedOptions()),
     "hyena": LayerSpec("mad.layers.hyena:Hyena", "H", "sequence", HyenaOptions()),
     "mh-hyena": LayerSpec(
         "mad.layers.hyena:MultiHeadHyena", "mH", "sequence", MultiHeadHyenaOptions()

@@ -2,7 +2,10 @@
 
     o_i = Σ_{j ≤ i} (φ(q_i)·φ(k_j)) v_j / (φ(q_i)·Σ_{j ≤ i} φ(k_j) + ε)    [arXiv 2006.16236, eq. 9]
 
-Glossary: e head width, f = size of φ(x).
+Three exact forms of the sum: step by step, as one masked product, O(L²), and in chunks of c
+positions, each reading what came before it from a state, O(L (c + f)).
+
+Glossary: d width, H heads, e head width, f = size of φ(x), c chunk, L time.
 """
 
 from typing import Literal
@@ -12,10 +15,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mad.layers.layer import Layer, head_width
-from workbench.errors import unknown_name
+from mad.layers.layer import Layer, State, head_width
+from workbench.errors import ConfigError, unknown_name
 
 EPSILON = 1e-12
+NORM_EPSILON = 1e-4
+"""Added to the sum that `norm_q` and `norm_k` divide features by."""
 
 
 class PointwiseMap(nn.Module):
@@ -98,20 +103,69 @@ class TaylorMap(nn.Module):
         )
 
 
+class OuterProductMap(nn.Module):
+    """φ(x) = upper triangle of (W₁x)(W₂x)ᵀ, diagonal included; f = e(e + 1)/2."""
+
+    def __init__(self, head: int) -> None:
+        super().__init__()
+        self.size, self.head = head * (head + 1) // 2, head
+        self.left, self.right = (nn.Linear(head, head, bias=False) for _ in range(2))
+
+    def forward(self, x: Float[Tensor, "*axes head"]) -> Float[Tensor, "*axes features"]:
+        """Products of every pair of two linear maps, once per pair."""
+        i, j = torch.triu_indices(self.head, self.head, device=x.device)
+        return self.left(x)[..., i] * self.right(x)[..., j]
+
+
+class RebasedMap(nn.Module):
+    """y = γ LayerNorm(x) + β, φ = [y_i²/√e, y_i y_j √(2/e) for i < j]; f = e(e + 1)/2.
+
+    φ(q)·φ(k) = (y_q·y_k)²/e: a square, never negative.  [arXiv 2402.10644]
+    """
+
+    def __init__(self, head: int) -> None:
+        super().__init__()
+        self.size, self.head = head * (head + 1) // 2, head
+        self.scale, self.shift = nn.Parameter(torch.ones(head)), nn.Parameter(torch.zeros(head))
+
+    def forward(self, x: Float[Tensor, "*axes head"]) -> Float[Tensor, "*axes features"]:
+        """Squares and products of the normalised input."""
+        y = F.layer_norm(x, (self.head,), self.scale, self.shift)
+        i, j = torch.triu_indices(self.head, self.head, 1, device=x.device)
+        root = self.head**0.5
+        return torch.cat([y * y / root, y[..., i] * y[..., j] * (2**0.5 / root)], dim=-1)
+
+
+FEATURE_MAPS = (
+    "elementwise_product",
+    "elu",
+    "relu",
+    "identity",
+    "hedgehog",
+    "t2r",
+    "dpfp",
+    "taylor",
+    "learnable_outer_product",
+    "rebased",
+)
+
+
 def build_feature_map(kind: str, head: int) -> nn.Module:
     """The feature map of that name for heads of that width; its `size` is f."""
-    if kind == "elementwise_product":
-        return ProductMap(head)
     if kind in ("elu", "relu", "identity"):
         return PointwiseMap(head, kind)
     if kind in ("hedgehog", "t2r"):
         return LearnedMap(head, kind)
-    if kind == "dpfp":
-        return DPFPMap(head)
-    if kind == "taylor":
-        return TaylorMap(head)
-    known = ["elementwise_product", "elu", "relu", "identity", "hedgehog", "t2r", "dpfp", "taylor"]
-    raise unknown_name("feature map", kind, known)
+    plain = {
+        "elementwise_product": ProductMap,
+        "dpfp": DPFPMap,
+        "taylor": TaylorMap,
+        "learnable_outer_product": OuterProductMap,
+        "rebased": RebasedMap,
+    }
+    if kind not in plain:
+        raise unknown_name("feature map", kind, FEATURE_MAPS)
+    return plain[kind](head)
 
 
 def linear_attention_recurrent(
@@ -137,8 +191,40 @@ def linear_attention_parallel(
     return (q @ k.transpose(-1, -2)).tril() @ v
 
 
+def linear_attention_chunked(
+    q: Float[Tensor, "batch heads time features"],
+    k: Float[Tensor, "batch heads time features"],
+    v: Float[Tensor, "batch heads time head"],
+    chunk: int = 64,
+) -> Float[Tensor, "batch heads time head"]:
+    """The same sum in chunks: O = tril(Q Kᵀ) V + Q S, S ← S + Kᵀ V from chunk to chunk.
+
+    All chunks are computed at once; the states before them are sums over the chunks so far.
+    """
+    length = q.shape[2]
+    missing = -length % chunk
+    q, k, v = (
+        F.pad(part, (0, 0, 0, missing)).unflatten(2, (-1, chunk)) for part in (q, k, v)
+    )  # (B, H, n, c, ·); zeros at the end change nothing before them
+    added = k.transpose(-1, -2) @ v  # (B, H, n, f, e)
+    before = added.cumsum(dim=2) - added
+    mixed = (q @ k.transpose(-1, -2)).tril() @ v + q @ before
+    return mixed.flatten(2, 3)[:, :, :length]
+
+
+def prefers_chunks(length: int, features: int, head: int, chunk: int) -> bool:
+    """Whether chunks need fewer multiplications than the one masked product."""
+    whole = length * (features + head)
+    return length > chunk and chunk * (features + head) + 2 * features * head < whole
+
+
 class LinearAttention(Layer):
-    """Linear attention; par 4d² + those of two feature maps, state H·f·e (+ H·f to normalise)."""
+    """Linear attention; par 4d² + those of two feature maps, state H·f·e (+ H·f to normalise).
+
+    The state is the sum of φ(k) vᵀ, (batch, H, f, e), beside the sum of φ(k) where the output is
+    divided by it; both are kept in float32 at least. With `key_width` a, queries and keys are
+    H·a wide before the feature map: par 2d² + 2d·H·a.
+    """
 
     def __init__(
         self,
@@ -147,33 +233,107 @@ class LinearAttention(Layer):
         num_heads: int = 1,
         feature_map: str = "elementwise_product",
         normalize: Literal["rms", "sum"] = "rms",
+        norm_q: bool = False,
+        norm_k: bool = False,
+        tie: bool = False,
+        key_width: int | None = None,
+        form: Literal["auto", "parallel", "chunked"] = "auto",
+        chunk: int = 64,
     ) -> None:
         super().__init__()
         head = head_width(width, num_heads, "linear-attention")
-        self.width, self.num_heads, self.normalize = width, num_heads, normalize
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        if normalize not in ("rms", "sum"):
+            raise ConfigError(f"linear-attention: normalize={normalize!r}; expected rms or sum")
+        if form not in ("auto", "parallel", "chunked"):
+            raise ConfigError(f"linear-attention: form={form!r}; expected auto, parallel, chunked")
+        if chunk < 1 or (key_width is not None and key_width < 1):
+            raise ConfigError(
+                f"linear-attention: chunk={chunk} and key_width={key_width} must be positive"
+            )
+        self.width, self.num_heads, self.head, self.normalize = width, num_heads, head, normalize
+        self.norm_q, self.norm_k, self.form, self.chunk = norm_q, norm_k, form, chunk
+        self.key_width = head if key_width is None else key_width
+        self.qkv = nn.Linear(width, width + 2 * num_heads * self.key_width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.map_q = build_feature_map(feature_map, head)
-        self.map_k = build_feature_map(feature_map, head)
+        self.map_q = build_feature_map(feature_map, self.key_width)
+        self.map_k = None if tie else build_feature_map(feature_map, self.key_width)
+
+    def _features(self, x: Float[Tensor, "batch time width"]) -> tuple[Tensor, Tensor, Tensor]:
+        """φ(q), φ(k), v, each (B, H, L, ·), in float32 at least; v gets a 1 if keys are summed."""
+        keys = self.num_heads * self.key_width
+        q, k, v = self.qkv(x).split((keys, keys, self.width), dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        q, k = self.map_q(q), (self.map_k or self.map_q)(k)
+        wide = torch.promote_types(v.dtype, torch.float32)
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        if self.norm_q:
+            q = q / (q.sum(dim=-1, keepdim=True) + NORM_EPSILON)
+        if self.norm_k:
+            k = k / (k.sum(dim=-1, keepdim=True) + NORM_EPSILON)
+        return q, k, F.pad(v, (0, 1), value=1.0) if self.normalize == "sum" else v
+
+    def _read(self, mixed: Float[Tensor, "batch heads time sums"]) -> Tensor:
+        if self.normalize == "rms":
+            mixed = F.rms_norm(mixed, (self.head,), eps=1e-5)
+        else:
+            mixed = mixed[..., :-1] / (mixed[..., -1:] + EPSILON)
+        return mixed.transpose(1, 2).flatten(2)
 
     def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         """Kernel attention over the past of each position."""
-        batch, length, _ = x.shape
-        heads = self.qkv(x).view(batch, length, 3, self.num_heads, -1)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, L, e)
-        q, k = self.map_q(q), self.map_k(k)  # (B, H, L, f)
-        mixed = linear_attention_parallel(q, k, v)
-        if self.normalize == "rms":
-            mixed = F.rms_norm(mixed, (mixed.shape[-1],), eps=1e-5)
-        else:
-            mixed = mixed / ((q * k.cumsum(dim=2)).sum(dim=-1, keepdim=True) + EPSILON)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, self.width))
+        q, k, v = self._features(x)
+        form = self.form
+        if form == "auto":
+            chunks = prefers_chunks(x.shape[1], q.shape[-1], v.shape[-1], self.chunk)
+            form = "chunked" if chunks else "parallel"
+        with torch.autocast(x.device.type, enabled=False):
+            if form == "chunked":
+                mixed = linear_attention_chunked(q, k, v, self.chunk)
+            else:
+                mixed = linear_attention_parallel(q, k, v)
+            mixed = self._read(mixed)
+        return self.out(mixed.to(self.out.weight.dtype))
+
+    def initial_state(
+        self,
+        batch: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """Empty sums."""
+        dtype = torch.promote_types(dtype or self.qkv.weight.dtype, torch.float32)
+        shape = (batch, self.num_heads, int(self.map_q.size))
+        state = {"sums": torch.zeros(*shape, self.head, device=device, dtype=dtype)}
+        if self.normalize == "sum":
+            state["keys"] = torch.zeros(*shape, device=device, dtype=dtype)
+        return state
+
+    def step(
+        self, x: Float[Tensor, "batch width"], state: State
+    ) -> tuple[Float[Tensor, "batch width"], State]:
+        """One token: added to the sums, then read from them."""
+        q, k, v = self._features(x[:, None])  # (B, H, 1, ·)
+        sums = state["sums"]
+        if self.normalize == "sum":
+            sums = torch.cat([sums, state["keys"][..., None]], dim=-1)
+        with torch.autocast(x.device.type, enabled=False):
+            sums = sums + k.transpose(-1, -2) @ v
+            y = self._read(q @ sums)[:, 0]
+        new = {"sums": sums[..., : self.head]}
+        if self.normalize == "sum":
+            new["keys"] = sums[..., -1]
+        return self.out(y.to(self.out.weight.dtype)), new
 
     def state_floats(self, length: int) -> int:
         """The matrix state of every head, and the key sum where it normalises."""
+        summed = self.normalize == "sum"
+        return self.matrix_state_floats(length) + summed * self.num_heads * int(self.map_q.size)
+
+    def matrix_state_floats(self, length: int) -> int:
+        """The matrix state of every head."""
         del length
-        features, head = int(self.map_q.size), self.width // self.num_heads
-        return self.num_heads * features * (head + (self.normalize == "sum"))
+        return self.num_heads * int(self.map_q.size) * self.head
 
     def mixing_flops_per_token(self, length: int) -> int:
         """State update and read-out in the recurrent form."""

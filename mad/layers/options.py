@@ -48,12 +48,33 @@ class LinearAttentionOptions:
     num_heads: int = 1
     """Heads H; the width must be divisible by it."""
     feature_map: Literal[
-        "elementwise_product", "elu", "relu", "identity", "hedgehog", "t2r", "dpfp", "taylor"
+        "elementwise_product",
+        "elu",
+        "relu",
+        "identity",
+        "hedgehog",
+        "t2r",
+        "dpfp",
+        "taylor",
+        "learnable_outer_product",
+        "rebased",
     ] = "elementwise_product"
     """Map φ applied to queries and keys per head."""
     normalize: Literal["rms", "sum"] = "rms"
     """`sum` divides by φ(q)·Σφ(k) as published, which may cross zero for signed maps; `rms`
     normalises the sum per head instead."""
+    norm_q: bool = False
+    """Divide φ(q) by the sum of its entries."""
+    norm_k: bool = False
+    """Divide φ(k) by the sum of its entries."""
+    tie: bool = False
+    """One feature map for queries and keys instead of one each."""
+    key_width: int | None = None
+    """Width of a head's queries and keys before φ; none means the head width."""
+    form: Literal["auto", "parallel", "chunked"] = "auto"
+    """One masked product, or chunks; `auto` counts multiplications. Both are exact."""
+    chunk: int = 64
+    """Positions of a chunk."""
 
 
 @dataclass(frozen=True)
@@ -110,3 +131,17 @@ class MultiHeadHyenaOptions:
     """Hidden width of the network that makes the filter."""
     kernel: Literal["auto", "toeplitz", "fft"] = "auto"
     """`toeplitz` is masked linear attention with a learned decay; `fft` convolves products."""
+
+
+@dataclass(frozen=True)
+class BasedOptions:
+    """Taylor linear attention beside a sliding window."""
+
+    num_heads: int = 4
+    """Heads H of both; the width must be divisible by it."""
+    feature_width: int = 16
+    """Width of a head's queries and keys before the Taylor map."""
+    window: int = 64
+    """A position attends softly to itself and this many positions before it."""
+    backend: Literal["auto", "sdpa", "flash", "eager"] = "auto"
+    """How the window's softmax is computed."""
