@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import threading
 import warnings
 from contextvars import ContextVar
@@ -105,7 +106,7 @@ def selective_scan(
     if initial is None:
         initial = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
     if kernel in ("auto", "fused"):
-        y, last = _FusedScan.apply(u, delta, A, B, C, initial)
+        y, last, _ = _FusedScan.apply(u, delta, A, B, C, initial)  # pyright: ignore[reportGeneralTypeIssues]
         return y, last
     decay = torch.exp(delta[..., None] * A)
     inputs = (delta * u)[..., None] * B[:, :, None, :]
@@ -118,44 +119,76 @@ def _block_steps(batch: int, width: int, state: int) -> int:
 
 
 class _FusedScan(torch.autograd.Function):
-    """`selective_scan` with a backward of its own.
+    """`selective_scan` with a backward of its own: (y, last state, states at the block borders).
 
     Everything is time-major and has the width last, (time, batch, state, width), so that one step
-    is one contiguous slab.  With G_t = ∂loss/∂h_t:
-
-        G_t = gy_t C_tᵀ + a_{t+1} ⊙ G_{t+1}
-        gC_t = h_tᵀ gy_t     gB_t = G_tᵀ (Δ_t u_t)     g(Δu)_t = G_t B_t
-        g(Δ_t A) = G_t ⊙ h_{t-1} ⊙ a_t, times A summed over n for Δ, times Δ summed over t for A
+    is one contiguous slab. A is (width, state), or (batch, width, state) where `torch.func.vmap`
+    folds its axis into the batch, so that a stack of models costs one scan and not one per model.
     """
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        u, delta, A, B, C, initial = tensors
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         batch, time, width = u.shape
-        state = A.shape[1]
-        steps = _block_steps(batch, width, state)
+        state = A.shape[-1]
+        steps = math.ceil(time / math.ceil(time / _block_steps(batch, width, state)))
         u_t, delta_t, B_t, C_t = (v.transpose(0, 1).contiguous() for v in (u, delta, B, C))
         scaled = delta_t * u_t
-        A_t = A.t().contiguous()
+        A_t = A.transpose(-1, -2).contiguous()
         h = initial.transpose(1, 2).contiguous()
-        borders, y = [h], torch.empty_like(u_t)
-        for start in range(0, time, steps):
+        y = torch.empty_like(u_t)
+        borders = h.new_empty(math.ceil(time / steps), *h.shape)
+        for index, start in enumerate(range(0, time, steps)):
             block = slice(start, min(start + steps, time))
+            borders[index] = h
             _, states = _block_states(delta_t[block], scaled[block], A_t, B_t[block], h)
             torch.matmul(C_t[block, :, None, :], states, out=y[block].unsqueeze(2))
             h = states[-1].clone()
-            borders.append(h)
-        ctx.save_for_backward(u_t, delta_t, A_t, B_t, C_t, *borders[:-1])
-        ctx.steps = steps
-        return y.transpose(0, 1), h.transpose(1, 2).contiguous()
+        return y.transpose(0, 1), h.transpose(1, 2).contiguous(), borders
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(*inputs[:5], output[2])
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        u, delta, A, B, C, *borders = ctx.saved_tensors
-        time, steps = u.shape[0], ctx.steps
-        gy = gradients[0].transpose(0, 1).contiguous()
-        carried = gradients[1].transpose(1, 2).contiguous()  # a_{t+1} ⊙ G_{t+1}, so far
+        return _FusedScanBackward.apply(*gradients[:2], *ctx.saved_tensors)  # pyright: ignore[reportReturnType]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *tensors: Tensor) -> tuple[Any, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        n = info.batch_size
+        u, delta, B, C, initial = (_fold(tensors[i], in_dims[i], n, 0) for i in (0, 1, 3, 4, 5))
+        A, _ = _fold_decay(tensors[2], in_dims[2], n, u.shape[0] // n)
+        y, last, borders = _FusedScan.apply(u, delta, A, B, C, initial)  # pyright: ignore[reportGeneralTypeIssues]
+        unfolded = (y.unflatten(0, (n, -1)), last.unflatten(0, (n, -1)))
+        return (*unfolded, borders.unflatten(1, (n, -1))), (0, 0, 1)
+
+
+class _FusedScanBackward(torch.autograd.Function):
+    """The gradients of `_FusedScan`.  With G_t = ∂loss/∂h_t:
+
+    G_t = gy_t C_tᵀ + a_{t+1} ⊙ G_{t+1}
+    gC_t = h_tᵀ gy_t     gB_t = G_tᵀ (Δ_t u_t)     g(Δu)_t = G_t B_t
+    g(Δ_t A) = G_t ⊙ h_{t-1} ⊙ a_t, times A summed over n for Δ, times Δ summed over t for A
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        gy: Tensor,
+        carried: Tensor,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        borders: Tensor,
+    ) -> tuple[Tensor, ...]:
+        time, steps = u.shape[1], math.ceil(u.shape[1] / borders.shape[0])
+        gy, u, delta, B, C = (v.transpose(0, 1).contiguous() for v in (gy, u, delta, B, C))
+        carried = carried.transpose(1, 2).contiguous()  # a_{t+1} ⊙ G_{t+1}, so far
+        A = A.transpose(-1, -2).contiguous()
         scaled = delta * u
         g_scaled, g_delta = torch.empty_like(u), torch.empty_like(u)
         gA, gB, gC = torch.zeros_like(A), torch.empty_like(B), torch.empty_like(C)
@@ -175,11 +208,54 @@ class _FusedScan(torch.autograd.Function):
             G[0].mul_(borders[index])
             G[1:].mul_(states[:-1])  # now g(Δ_t A)
             torch.sum(G * A, dim=2, out=g_delta[block])
-            gA += G.mul_(delta[block].unsqueeze(2)).sum((0, 1))
+            gA += G.mul_(delta[block].unsqueeze(2)).sum((0, 1) if A.ndim == 2 else 0)
         g_delta.addcmul_(g_scaled, u)
         gu = g_scaled.mul_(delta)
         gu, g_delta, gB, gC = (v.transpose(0, 1) for v in (gu, g_delta, gB, gC))
-        return gu, g_delta, gA.t(), gB, gC, carried.transpose(1, 2)
+        return gu, g_delta, gA.transpose(-1, -2), gB, gC, carried.transpose(1, 2)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept: there is no second derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise ConfigError(
+            "selective_scan: the fused form has no second derivative; use kernel='unbind'."
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *tensors: Tensor) -> tuple[Any, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        n = info.batch_size
+        gy, carried, u, delta, B, C = (
+            _fold(tensors[i], in_dims[i], n, 0) for i in (0, 1, 2, 3, 5, 6)
+        )
+        A, shared = _fold_decay(tensors[4], in_dims[4], n, u.shape[0] // n)
+        borders = _fold(tensors[7], in_dims[7], n, 1)
+        found = _FusedScanBackward.apply(gy, carried, u, delta, A, B, C, borders)
+        gradients = [g.unflatten(0, (n, -1)) for g in found]  # pyright: ignore[reportOptionalIterable]
+        if shared:
+            gradients[2] = gradients[2].sum(1)
+        return tuple(gradients), (0,) * 6
+
+
+def _fold(tensor: Tensor, dim: int | None, n: int, batch: int) -> Tensor:
+    """The axis `dim` that vmap adds (none: repeat n times) folded into the batch axis."""
+    if dim is None:
+        tensor = tensor.unsqueeze(batch)
+        tensor = tensor.expand(*tensor.shape[:batch], n, *tensor.shape[batch + 1 :])
+    else:
+        tensor = tensor.movedim(dim, batch)
+    return tensor.flatten(batch, batch + 1)
+
+
+def _fold_decay(A: Tensor, dim: int | None, n: int, batch: int) -> tuple[Tensor, bool]:
+    """A for every row of the folded batch, and whether a model's rows shared one A before."""
+    shared = A.ndim - (dim is not None) == 2
+    if not shared:
+        return _fold(A, dim, n, 0), False
+    A = A.expand(n, *A.shape) if dim is None else A.movedim(dim, 0)
+    return A.unsqueeze(1).expand(-1, batch, -1, -1).flatten(0, 1), True
 
 
 def _block_states(

@@ -165,6 +165,40 @@ def test_a_scan_cut_in_two_is_the_whole_scan(kernel):
     torch.testing.assert_close(end, last)
 
 
+@pytest.mark.parametrize("stacked", [range(6), (0, 1, 3, 4), (2,)])
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_stack_of_scans_under_vmap_is_the_scans_one_by_one(monkeypatch, stacked, inner):
+    """Gradients inside vmap and around it, with any part of the inputs shared by the stack."""
+    monkeypatch.setattr(mamba, "BLOCK_NUMBERS", 96)
+    shared = scan_inputs(2, 11, 4, 3, dtype=torch.float64)
+    others = [scan_inputs(2, 11, 4, 3, dtype=torch.float64, seed=20 * r) for r in (1, 2, 3)]
+    models = [[o[i] if i in stacked else shared[i] for i in range(6)] for o in others]
+    stack = [torch.stack([m[i] for m in models]) if i in stacked else shared[i] for i in range(6)]
+    weights = noise(2, 11, 4, dtype=torch.float64), noise(2, 4, 3, dtype=torch.float64)
+    dims = tuple(0 if i in stacked else None for i in range(6))
+
+    def loss(*inputs):
+        return sum((w * o).sum() for w, o in zip(weights, selective_scan(*inputs), strict=True))
+
+    alone = [torch.func.grad(loss, argnums=tuple(range(6)))(*m) for m in models]
+    if inner:
+        found = torch.func.vmap(torch.func.grad(loss, argnums=tuple(range(6))), dims)(*stack)
+        expected = [torch.stack(parts) for parts in zip(*alone, strict=True)]
+    else:
+        total = lambda *inputs: torch.func.vmap(loss, dims)(*inputs).sum()  # noqa: E731
+        found = torch.func.grad(total, argnums=tuple(range(6)))(*stack)
+        parts = list(zip(*alone, strict=True))
+        expected = [torch.stack(p) if i in stacked else sum(p) for i, p in enumerate(parts)]
+    assert worst_relative_error(found, expected) < 1e-12
+
+
+def test_the_fused_form_refuses_a_second_derivative():
+    inputs = [x.requires_grad_() for x in scan_inputs(1, 3, 2, 2)]
+    (first,) = torch.autograd.grad(selective_scan(*inputs)[0].sum(), inputs[:1], create_graph=True)
+    with pytest.raises(ConfigError, match="no second derivative"):
+        torch.autograd.grad(first.sum(), inputs[1:2])
+
+
 @pytest.mark.parametrize("rate", [1e4, 80.0, 0.0])
 def test_channels_that_forget_at_once_do_not_underflow_into_nan(rate):
     inputs = scan_inputs(1, 70, 2, 2)
