@@ -44,6 +44,13 @@ class TaskSpec:
     """Options and example counts that differ from the class's defaults."""
     changes: dict[str, tuple] = field(default_factory=dict)
     """Values each option takes, one at a time, beside the baseline."""
+    benchmark: bool = True
+    """Does the published benchmark have this task?"""
+
+    def settings(self) -> list[dict[str, Any]]:
+        """The baseline, then every change of it alone: options and `num_train_examples`."""
+        varied = [self.baseline | {key: one} for key, all in self.changes.items() for one in all]
+        return [dict(self.baseline), *varied]
 
 
 @dataclass(frozen=True)
@@ -60,15 +67,19 @@ class LayerSpec:
     """Instance of an options dataclass: names, types and default values."""
 
 
-_RECALL_SIZES = {
-    "seq_len": (256, 512, 1024),
-    "num_train_examples": (6400, 3200, 1600, 800),
-}
+_FEWER_ROWS = {"num_train_examples": (6400, 3200, 1600, 800)}
+_RECALL_SIZES = {"seq_len": (256, 512, 1024), **_FEWER_ROWS}
 
 TASKS: dict[str, TaskSpec] = {
     "in-context-recall": TaskSpec(
         "mad.tasks.recall:InContextRecall",
         short="CR",
+        baseline={"num_train_examples": 12800},
+        changes={"vocab_size": (32, 64, 128), **_RECALL_SIZES},
+    ),
+    "fuzzy-in-context-recall": TaskSpec(
+        "mad.tasks.fuzzy:FuzzyInContextRecall",
+        short="FR",
         baseline={"num_train_examples": 12800},
         changes={"vocab_size": (32, 64, 128), **_RECALL_SIZES},
     ),
@@ -78,12 +89,31 @@ TASKS: dict[str, TaskSpec] = {
         baseline={"num_train_examples": 12800},
         changes={"vocab_size": (48, 80, 144), "frac_noise": (0.4, 0.6, 0.8), **_RECALL_SIZES},
     ),
+    "selective-copying": TaskSpec(
+        "mad.tasks.copying:SelectiveCopying",
+        short="SC",
+        baseline={"num_train_examples": 12800},
+        changes={
+            "vocab_size": (32, 64, 128),
+            "seq_len": (512, 1024),
+            "num_tokens_to_copy": (32, 64, 96),
+            **_FEWER_ROWS,
+        },
+    ),
+    "compression": TaskSpec(
+        "mad.tasks.compression:Compression",
+        short="C",
+        baseline={"num_train_examples": 12800},
+        changes={"vocab_size": (32, 64, 128), "seq_len": (64, 128, 256), **_FEWER_ROWS},
+    ),
     "memorization": TaskSpec(
         "mad.tasks.memorization:Memorization",
         short="M",
         baseline={"num_train_examples": 256},
         changes={"vocab_size": (512, 1024, 2048, 4096, 8192)},
     ),
+    "copying": TaskSpec("mad.tasks.copying:Copying", short="Cp", benchmark=False),
+    "mqar": TaskSpec("mad.tasks.mqar:MultiQueryRecall", short="MQ", benchmark=False),
 }
 
 LAYERS: dict[str, LayerSpec] = {  # order = order in reports

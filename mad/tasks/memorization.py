@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mad.tasks.task import IGNORE, Rows, Task, check_common
+from mad.tasks.task import IGNORE, Rows, Split, Task, check_common
 from workbench.errors import ConfigError
 
 
@@ -71,7 +71,7 @@ class Memorization(Task):
         # one value stays unused when K is odd
         return dict(zip(keys.tolist(), values[: self.n_keys].tolist(), strict=True))
 
-    def draw(self, rng: np.random.Generator, rows: int) -> Rows:
+    def draw(self, rng: np.random.Generator, rows: int, split: Split = "train") -> Rows:
         """All rows at once."""
         slots = self.seq_len // 2
         keys = rng.integers(0, self.n_keys, (rows, slots))
@@ -90,7 +90,7 @@ class Memorization(Task):
             answers = np.where(is_noise, IGNORE, answers)
         return Rows(inputs, answers, answers)
 
-    def legacy_row(self, rng: np.random.Generator) -> Rows:
+    def legacy_row(self, rng: np.random.Generator, split: Split = "train") -> Rows:
         """One row in the published order of calls."""
         slots = self.seq_len // 2
         pairs = self.key_value_map

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mad.tasks.task import IGNORE, Rows, Task, check_common
+from mad.tasks.task import IGNORE, Rows, Split, Task, check_common
 from workbench.errors import ConfigError, DataError
 
 
@@ -58,7 +58,7 @@ class InContextRecall(Task):
         """L − 1 after the shift; L with the copy token."""
         return self.seq_len - 1 if self.multi_query else self.seq_len
 
-    def draw(self, rng: np.random.Generator, rows: int) -> Rows:
+    def draw(self, rng: np.random.Generator, rows: int, split: Split = "train") -> Rows:
         """All rows at once: a lazily drawn map has the law of a map drawn whole."""
         slots = self.seq_len // 2 - 1  # the last pair of the row is the probe
         row = np.arange(rows)
@@ -99,7 +99,7 @@ class InContextRecall(Task):
         sequence[:, -2], sequence[:, -1], targets[:, -1] = probe, answer, answer
         return Rows(sequence[:, :-1], targets[:, 1:], sequence[:, 1:])
 
-    def legacy_row(self, rng: np.random.Generator) -> Rows:
+    def legacy_row(self, rng: np.random.Generator, split: Split = "train") -> Rows:
         """One row in the published order of calls, its all-noise rows included (they raise)."""
         slots = self.seq_len // 2
         keep = rng.choice(slots)  # may name the probe's slot: then a row can be all noise

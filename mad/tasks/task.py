@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 
 from workbench.errors import ConfigError
 
@@ -43,6 +43,8 @@ class Task(ABC):
 
     version: ClassVar[int] = 1
     """Raised when the drawn bytes change, so that old and new data never share a key."""
+    backbone: ClassVar[str] = "language-model"
+    """Backbone the task is made for: `language-model` or `autoencoder`."""
 
     vocab_size: int = 16
     """Number of tokens V, special ones included."""
@@ -55,11 +57,11 @@ class Task(ABC):
         """Number of positions the model reads."""
 
     @abstractmethod
-    def draw(self, rng: np.random.Generator, rows: int) -> Rows:
-        """`rows` independent rows, vectorised."""
+    def draw(self, rng: np.random.Generator, rows: int, split: Split = "train") -> Rows:
+        """`rows` independent rows, vectorised; few tasks draw their splits by different laws."""
 
     @abstractmethod
-    def legacy_row(self, rng: np.random.Generator) -> Rows:
+    def legacy_row(self, rng: np.random.Generator, split: Split = "train") -> Rows:
         """One row (rows = 1) in the published generator's order of random calls."""
 
     @abstractmethod
@@ -75,8 +77,12 @@ class Task(ABC):
         del num_train_examples
         return 1.0
 
+    def answerable(self, rows: Rows) -> Bool[np.ndarray, " rows"]:
+        """Does a row hold what its answers ask for? Always, unless a task says otherwise."""
+        return np.ones(len(rows.inputs), dtype=bool)
 
-def check_common(task: Task, noise_vocab_size: int, frac_noise: float) -> None:
+
+def check_noise(task: Task, noise_vocab_size: int, frac_noise: float) -> None:
     """Raise ConfigError unless the noise options of a task make sense."""
     if noise_vocab_size < 0:
         raise ConfigError(f"noise_vocab_size={noise_vocab_size} is negative; use 0 for no noise")
@@ -87,6 +93,11 @@ def check_common(task: Task, noise_vocab_size: int, frac_noise: float) -> None:
             f"frac_noise={frac_noise} needs noise tokens, but noise_vocab_size=0; "
             "raise --noise-vocab-size (and --vocab-size with it)"
         )
+
+
+def check_common(task: Task, noise_vocab_size: int, frac_noise: float) -> None:
+    """Raise ConfigError unless noise options and an even length make sense."""
+    check_noise(task, noise_vocab_size, frac_noise)
     if task.seq_len % 2 or task.seq_len < 4:
         raise ConfigError(
             f"seq_len={task.seq_len} cannot be cut into key-value pairs; "
@@ -116,8 +127,21 @@ def block_generator(task: Task, split: Split, seed: int, block: int) -> np.rando
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def generate(task: Task, n: int, split: Split, seed: int, start: int = 0) -> Rows:
+def generate(
+    task: Task,
+    n: int,
+    split: Split,
+    seed: int,
+    start: int = 0,
+    *,
+    legacy: bool = False,
+    train_rows: int | None = None,
+) -> Rows:
     """Rows start … start + n − 1 of a split.
+
+    With `legacy`, rows come one after the other from `default_rng(seed)` as the published
+    generators draw them, training rows first: the test rows continue the stream behind
+    `train_rows` training rows and never restart it.
 
     >>> from mad.tasks.memorization import Memorization
     >>> task = Memorization(vocab_size=16, seq_len=8)
@@ -127,9 +151,20 @@ def generate(task: Task, n: int, split: Split, seed: int, start: int = 0) -> Row
     """
     if n < 1 or start < 0:
         raise ConfigError(f"{n} rows from row {start} were asked for; both must be sensible counts")
+    if legacy:
+        if split == "train":
+            sizes: dict[Split, int] = {"train": start + n}
+        elif split == "test" and train_rows is not None:
+            sizes = {"train": train_rows, "test": start + n}
+        else:
+            raise ConfigError(
+                f"legacy rows of split {split!r} continue the stream behind the training rows; "
+                "ask for split test with train_rows=, or use generate_splits"
+            )
+        return Rows(*(part[start:] for part in generate_splits(task, sizes, seed, True)[split]))
     first, last = start // BLOCK_ROWS, (start + n - 1) // BLOCK_ROWS
     blocks = [
-        task.draw(block_generator(task, split, seed, block), BLOCK_ROWS)
+        task.draw(block_generator(task, split, seed, block), BLOCK_ROWS, split)
         for block in range(first, last + 1)
     ]
     offset = start - first * BLOCK_ROWS
@@ -140,7 +175,24 @@ def generate(task: Task, n: int, split: Split, seed: int, start: int = 0) -> Row
     return Rows(inputs, answers, dense)
 
 
-def generate_legacy(task: Task, n: int, rng: np.random.Generator) -> Rows:
+def generate_legacy(task: Task, n: int, rng: np.random.Generator, split: Split = "train") -> Rows:
     """`n` rows one after the other from one stream, as the published generators draw them."""
-    rows = [task.legacy_row(rng) for _ in range(n)]
+    rows = [task.legacy_row(rng, split) for _ in range(n)]
     return Rows(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
+
+
+def generate_splits(
+    task: Task, sizes: dict[Split, int], seed: int, legacy: bool = False
+) -> dict[Split, Rows]:
+    """All splits of a data set.
+
+    Legacy splits share one `default_rng(seed)` in the order train, test, val (the last is not
+    published; it has the law of the test rows).
+    """
+    if not legacy:
+        return {split: generate(task, n, split, seed) for split, n in sizes.items()}
+    rng = np.random.default_rng(seed)
+    order: tuple[Split, ...] = ("train", "test", "val")
+    return {
+        split: generate_legacy(task, sizes[split], rng, split) for split in order if split in sizes
+    }
