@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import yaml
 
-from mad import report, train
+from mad import report
 from mad.registry import stack_name, task_spec
+from mad.train import Experiment as Training
+from mad.train import main as train_one
 from workbench.cli import RunField, RunOptions, apply_settings, cli
 from workbench.errors import ConfigError, DivergedError
 from workbench.run import Run
@@ -79,10 +81,10 @@ def split_stack(text: str) -> tuple[str, tuple[str, ...]]:
     return stack_name(layers), layers
 
 
-def members(experiment: Experiment) -> list[train.Experiment]:
+def members(experiment: Experiment) -> list[Training]:
     """The training runs of a comparison, task by task and stack by stack."""
     shared = ("dim", "batch_size", "epochs", "lr", "num_test_examples", "evaluate_every")
-    base = train.Experiment(
+    base = Training(
         **{name: getattr(experiment, name) for name in shared},
         protocol=experiment.protocol,
         seed=experiment.seed,
@@ -114,9 +116,7 @@ def main(experiment: Experiment) -> dict[str, Any]:
             return run.results
         runs = members(experiment)
         run.note(f"{len(runs)} training runs, {experiment.executor}")
-        results = run_all(
-            train.main, runs, executor=experiment.executor, workers=experiment.workers
-        )
+        results = run_all(train_one, runs, executor=experiment.executor, workers=experiment.workers)
         names = [split_stack(stack)[0] for stack in experiment.stacks] * len(experiment.tasks)
         failed = [
             f"{name} on {one.task}: {result[FAILED]}"

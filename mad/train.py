@@ -37,6 +37,18 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+DTYPE_OF = {
+    "auto": "auto",
+    "bf16": "bfloat16",
+    "16": "float16",
+    "32": "float32",
+    "64": "float64",
+}
+"""Published names of number formats, less what follows a dash."""
+
+Precision = Literal["auto", "bf16", "bf16-mixed", "16", "16-mixed", "32", "32-true", "64"]
+
+
 @dataclass(frozen=True)
 class Experiment:
     """Which layers on which task, trained how."""
@@ -118,7 +130,7 @@ class Experiment:
     """Save on the way, to continue from, and keep the best and the last weights."""
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] | None = None
     """Published name of --device."""
-    precision: Literal["bf16", "bf16-mixed", "16", "16-mixed", "32", "32-true", "64"] | None = None
+    precision: Precision | None = None
     """Published name of --dtype: bf16 is bfloat16, 16 float16, 32 float32, 64 float64."""
     log_to_wandb: bool = False
     """Published name of --wandb."""
@@ -196,13 +208,11 @@ TASK_FLAGS = (
 )
 """Fields of `Experiment` that a task or its number of training rows takes when they are given."""
 
-DTYPE_OF = {"bf16": "bfloat16", "16": "float16", "32": "float32", "64": "float64"}
-"""Published names of number formats."""
-
 
 def task_options(experiment: Experiment) -> dict[str, Any]:
     """The options the user gave to the task; what is left out takes the task's baseline."""
-    given = {name: getattr(experiment, name) for name in TASK_FLAGS}
+    flags = {name: getattr(experiment, name) for name in TASK_FLAGS}
+    given = {name: value for name, value in flags.items() if value is not None}
     if not experiment.multi_query:
         given["multi_query"] = False
     return given | assignments(experiment.options, f"options of task {experiment.task}")
@@ -424,6 +434,7 @@ def score_run(
         "train_accuracy": masked.accuracy,
         "train_nll_nats": masked.nll_nats,
         "train_accuracy_dense": full.accuracy,
+        "train_nll_dense_nats": full.nll_nats,
         "chance": task.chance(),
         "ceiling": task.ceiling(n_train),
         "n_scored": score.n_scored,

@@ -25,7 +25,7 @@ DISTRIBUTION = {
     "sklearn": "scikit-learn", "yaml": "pyyaml", "faiss": "faiss-cpu", "lm_eval": "lm-eval",
     "mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d", "flash_attn": "flash-attn",
     "fast_hadamard_transform": "fast-hadamard-transform", "mlx_lm": "mlx-lm", "PIL": "matplotlib",
-    "huggingface_hub": "transformers",
+    "huggingface_hub": "transformers", "pandas": "datasets",
 }  # fmt: skip
 
 

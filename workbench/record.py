@@ -37,6 +37,8 @@ class RunOptions:
     """CPU threads of torch; 0 = OMP_NUM_THREADS or all cores."""
     wandb: bool = False
     """Mirror the metrics to Weights & Biases (offline without a login)."""
+    wandb_project: str | None = None
+    """Project of that mirror; none means the package's name."""
     allow_divergence: bool = False
     """Go on when the loss is not finite."""
     traceback: bool = False

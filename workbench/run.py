@@ -270,7 +270,7 @@ class Run:
             from workbench.integrations.wandb import start_tracker
 
             self._tracker = start_tracker(
-                project=self.package,
+                project=self.options.wandb_project or self.package,
                 name=self.directory.name,
                 config=self.settings,
                 directory=self.directory,
