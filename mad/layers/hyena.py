@@ -6,7 +6,11 @@
 The convolution has two exact forms. With T[t, s] = h[t − s] for t ≥ s, the multi-head layer is
 ((X₁ Vᵀ) ⊙ T) X₂: masked linear attention whose decay is a learned Toeplitz matrix.
 
-Glossary: W inner channels, g groups, n channels of a group, L time.
+Token by token, a filter of no special form must see all earlier inputs: the state is their history,
+and it grows. `matrix_state_floats` keeps the figure of the published iso-state rule, the modes to
+which such a filter could be distilled. A rational filter (`filter=rtf`) has a short exact state.
+
+Glossary: W inner channels, P projected ones, g groups, n channels of a group, L time, N order.
 """
 
 import math
@@ -17,7 +21,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mad.layers.layer import Layer, head_width
+from mad.layers.convolution import convolve_short, convolve_short_step, short_taps
+from mad.layers.layer import Layer, State, head_width
+from mad.layers.rtf import RTFFilter
 from workbench.errors import ConfigError
 
 TOEPLITZ_UP_TO = {"hyena": 32, "mh-hyena": 1024}
@@ -46,6 +52,32 @@ def convolve_toeplitz(
 ) -> Float[Tensor, "batch channels time"]:
     """The same as a matrix product per channel, O(L²) and exact in any precision."""
     return torch.einsum("cts,bcs->bct", toeplitz(h), u)
+
+
+def convolve_recurrent(
+    u: Float[Tensor, "batch channels time"], h: Float[Tensor, "channels time"]
+) -> Float[Tensor, "batch channels time"]:
+    """The same written out position by position: the reference."""
+    return torch.stack(
+        [(u[..., : t + 1] * h[:, : t + 1].flip(-1)).sum(dim=-1) for t in range(u.shape[-1])],
+        dim=-1,
+    )
+
+
+def mix_heads_recurrent(
+    x1: Float[Tensor, "batch groups time size"],
+    x2: Float[Tensor, "batch groups time size"],
+    v: Float[Tensor, "batch groups time size"],
+    h: Float[Tensor, "groups time"],
+) -> Float[Tensor, "batch groups time size"]:
+    """out_b[t] = Σ_a x₁_a[t] Σ_{s ≤ t} h[t − s] v_a[s] x₂_b[s], position by position."""
+    outputs = []
+    for t in range(x1.shape[2]):
+        weight = h[:, : t + 1].flip(-1)[..., None, None]  # (g, t + 1, 1, 1)
+        products = v[:, :, : t + 1, :, None] * x2[:, :, : t + 1, None, :]
+        y = (weight * products).sum(dim=2)  # (B, g, n, n)
+        outputs.append((x1[:, :, t, :, None] * y).sum(dim=-2))
+    return torch.stack(outputs, dim=2)
 
 
 def mix_heads_fft(
@@ -82,7 +114,9 @@ class ImplicitFilter(nn.Module):
 
     def __init__(self, channels: int, order: int, max_length: int) -> None:
         super().__init__()
-        self.max_length = max_length
+        if channels < 1 or order < 1:
+            raise ConfigError(f"hyena: filter_order={order} must be at least 1")
+        self.channels, self.order, self.max_length = channels, order, max_length
         tau = torch.linspace(0, 1, max_length)
         angle = 1e-4 * 2 * math.pi * torch.arange(max_length) / max_length
         self.positions = nn.Parameter(torch.stack([tau, angle.cos(), -angle.sin()], dim=-1))
@@ -107,33 +141,156 @@ class ImplicitFilter(nn.Module):
         return torch.cat([h[:, :1] + self.bias[:, None], h[:, 1:]], dim=1)
 
 
+def build_filter(
+    kind: str,
+    channels: int,
+    order: int,
+    max_length: int,
+    *,
+    rtf_init: Literal["zero", "xavier", "montel"] = "zero",
+    rtf_denominators: int | None = None,
+) -> ImplicitFilter | RTFFilter:
+    """The filter of that kind: called with a length, it gives that many taps."""
+    if kind == "implicit":
+        return ImplicitFilter(channels, order, max_length)
+    if kind == "rtf":
+        return RTFFilter(channels, order, max_length, init=rtf_init, denominators=rtf_denominators)
+    raise ConfigError(f"hyena: filter={kind!r}; expected implicit or rtf")
+
+
 class GatedProjection(nn.Module):
     """x → (x₁, x₂, v): a projection shared by `groups` tiles, then a short depthwise filter."""
 
     def __init__(self, width: int, inner: int, groups: int, taps: int) -> None:
         super().__init__()
-        if (3 * inner) % groups:
+        if groups < 1 or (3 * inner) % groups:
             raise ConfigError(f"hyena: proj_groups={groups} does not divide 3 x {inner} channels")
+        if taps < 1:
+            raise ConfigError(f"hyena: short_filter={taps} must be at least 1")
         self.groups = groups
         self.map = nn.Linear(width, 3 * inner // groups)
-        bound = taps**-0.5  # a depthwise filter sees `taps` inputs
-        self.taps = nn.Parameter(torch.empty(taps, 3 * inner).uniform_(-bound, bound))
+        self.taps = short_taps(taps, 3 * inner)
+        bound = taps**-0.5
         self.bias = nn.Parameter(torch.empty(3 * inner).uniform_(-bound, bound))
 
     def forward(
         self, x: Float[Tensor, "batch time width"]
     ) -> tuple[Float[Tensor, "batch time inner"], ...]:
         """The three streams, each (batch, time, inner)."""
-        length = x.shape[1]
         p = self.map(x).repeat(1, 1, self.groups)  # channel j reads projection j mod 3W/groups
-        n = self.taps.shape[0]
-        padded = F.pad(p, (0, 0, n - 1, 0))
-        filtered = self.bias + sum(padded[:, i : i + length] * self.taps[i] for i in range(n))
-        return filtered.chunk(3, dim=-1)
+        return convolve_short(p, self.taps, self.bias).chunk(3, dim=-1)
+
+    @property
+    def carried(self) -> tuple[int, int]:
+        """Shape of the projections that the short filter still needs: (taps − 1, P)."""
+        return len(self.taps) - 1, self.map.out_features
+
+    def step(
+        self, x: Float[Tensor, "batch width"], past: Float[Tensor, "batch past projected"]
+    ) -> tuple[tuple[Float[Tensor, "batch inner"], ...], Float[Tensor, "batch past projected"]]:
+        """The three streams of one token, and the projections that the next one needs."""
+        p = self.map(x)
+        tiled, seen = p.repeat(1, self.groups), past.repeat(1, 1, self.groups)
+        y, _ = convolve_short_step(tiled, seen, self.taps, self.bias)
+        return y.chunk(3, dim=-1), torch.cat([past, p[:, None]], dim=1)[:, 1:]
 
 
-class Hyena(Layer):
-    """Hyena of order 2; par 123 964 + 3·Lmax at d = 128."""
+class LongConvolution(Layer):
+    """What the Hyena layers share: the projection, the filter and what is carried.
+
+    Carried per sequence: the last projections; and the history of the filter's inputs, or, with a
+    rational filter, its last N values for each of the `convolved` channels.
+    """
+
+    auto_toeplitz = TOEPLITZ_UP_TO["hyena"]
+
+    def __init__(
+        self,
+        project: GatedProjection,
+        filters: ImplicitFilter | RTFFilter,
+        *,
+        axes: tuple[int, ...] = (),
+        history: int,
+        kernel: str,
+    ) -> None:
+        super().__init__()
+        if kernel not in ("auto", "toeplitz", "fft"):
+            raise ConfigError(f"hyena: kernel={kernel!r}; expected auto, toeplitz or fft")
+        self.project, self.filter, self.kernel = project, filters, kernel
+        self.axes, self.history = axes, history
+        self.convolved = filters.channels * math.prod(axes)
+
+    def _toeplitz(self, length: int) -> bool:
+        if self.kernel == "auto":
+            return length <= self.auto_toeplitz
+        return self.kernel == "toeplitz"
+
+    def initial_state(
+        self,
+        batch: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> State:
+        """No history, or modes at rest."""
+        like = {"device": device, "dtype": dtype or self.project.map.weight.dtype}
+        state = {"projected": torch.zeros(batch, *self.project.carried, **like)}
+        if isinstance(self.filter, RTFFilter):
+            return state | self.filter.initial_state(batch, self.axes, like)
+        return state | {"inputs": torch.zeros(batch, 0, self.history, **like)}
+
+    def state_floats(self, length: int) -> int:
+        """The last projections, and the history of inputs or the modes of a rational filter."""
+        carried = math.prod(self.project.carried)
+        if isinstance(self.filter, RTFFilter):
+            return carried + self.matrix_state_floats(length)
+        return carried + self.history * length
+
+    def matrix_state_floats(self, length: int) -> int:
+        """Convolved channels times filter order: the modal state of the published rule."""
+        del length
+        return self.convolved * self.filter.order
+
+    def kv_bytes(self, length: int) -> int:
+        """The history at two bytes per number; 0 with a rational filter."""
+        return 0 if isinstance(self.filter, RTFFilter) else 2 * self.history * length
+
+
+class ChannelConvolution(LongConvolution):
+    """y = x₁ ⊙ (h ∗ (x₂ ⊙ v)) on `inner` channels, each with a filter of its own."""
+
+    def __init__(
+        self, project: GatedProjection, filters: ImplicitFilter | RTFFilter, kernel: str
+    ) -> None:
+        super().__init__(project, filters, history=filters.channels, kernel=kernel)
+
+    def mix(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time inner"]:
+        """Gate, convolve, gate."""
+        x1, x2, v = self.project(x)  # (B, L, W)
+        convolve = convolve_toeplitz if self._toeplitz(x.shape[1]) else convolve_fft
+        return convolve((v * x2).transpose(1, 2), self.filter(x.shape[1])).transpose(1, 2) * x1
+
+    def mix_step(
+        self, x: Float[Tensor, "batch width"], state: State
+    ) -> tuple[Float[Tensor, "batch inner"], State]:
+        """`mix` for one token."""
+        (x1, x2, v), projected = self.project.step(x, state["projected"])
+        u = v * x2  # (B, W)
+        if isinstance(self.filter, RTFFilter):
+            y, after = self.filter.step(u, state)
+        else:
+            inputs = torch.cat([state["inputs"], u[:, None]], dim=1)  # (B, t + 1, W)
+            h = self.filter(inputs.shape[1]).flip(-1)
+            y, after = torch.einsum("btc,ct->bc", inputs, h), {"inputs": inputs}
+        return x1 * y, {"projected": projected} | after
+
+    def mixing_flops_per_token(self, length: int) -> int:
+        """Short filter, gates and the direct causal convolution."""
+        return self.convolved * (3 * 2 * len(self.project.taps) + 2 + length + 1)
+
+
+class Hyena(ChannelConvolution):
+    """Hyena of order 2; par 123 964 + 3·Lmax at d = 128, matrix state W·N."""
 
     def __init__(
         self,
@@ -143,40 +300,49 @@ class Hyena(Layer):
         inner_factor: int = 4,
         proj_groups: int = 4,
         short_filter: int = 3,
+        filter: Literal["implicit", "rtf"] = "implicit",
         filter_order: int = 4,
+        rtf_init: Literal["zero", "xavier", "montel"] = "zero",
+        rtf_denominators: int | None = None,
         kernel: Literal["auto", "toeplitz", "fft"] = "auto",
     ) -> None:
-        super().__init__()
         inner = inner_factor * width
-        self.inner, self.taps, self.kernel = inner, short_filter, kernel
-        self.filter_order = filter_order
-        self.project = GatedProjection(width, inner, proj_groups, short_filter)
-        self.filter = ImplicitFilter(inner, filter_order, max_length)
+        if inner < 1:
+            raise ConfigError(f"hyena: inner_factor={inner_factor} must be at least 1")
+        super().__init__(
+            GatedProjection(width, inner, proj_groups, short_filter),
+            build_filter(
+                filter,
+                inner,
+                filter_order,
+                max_length,
+                rtf_init=rtf_init,
+                rtf_denominators=rtf_denominators,
+            ),
+            kernel,
+        )
         self.out = nn.Linear(inner, width)
 
     def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         """Gate, convolve, gate, project."""
-        length = x.shape[1]
-        x1, x2, v = self.project(x)  # (B, L, W)
-        h = self.filter(length)
-        short = length <= TOEPLITZ_UP_TO["hyena"]
-        fast = self.kernel == "toeplitz" or (self.kernel == "auto" and short)
-        convolve = convolve_toeplitz if fast else convolve_fft
-        y = convolve((v * x2).transpose(1, 2), h).transpose(1, 2)
-        return self.out(y * x1)
+        return self.out(self.mix(x))
 
-    def state_floats(self, length: int) -> int:
-        """Channels times filter order: the modal state to which such a filter is distilled."""
-        del length
-        return self.inner * self.filter_order
-
-    def mixing_flops_per_token(self, length: int) -> int:
-        """Short filter, gates and the direct causal convolution."""
-        return self.inner * (3 * 2 * self.taps + 2 + length + 1)
+    def step(
+        self, x: Float[Tensor, "batch width"], state: State
+    ) -> tuple[Float[Tensor, "batch width"], State]:
+        """One token: the filter over all inputs so far, or a step of its recursion."""
+        y, state = self.mix_step(x, state)
+        return self.out(y), state
 
 
-class MultiHeadHyena(Layer):
-    """Multi-head Hyena; par 30 478 + 3·Lmax at d = 128 and 16 heads in layout `code`."""
+class MultiHeadHyena(LongConvolution):
+    """Multi-head Hyena; par 30 478 + 3·Lmax at d = 128 and 16 heads in layout `code`.
+
+    The history holds v and x₂, 2d floats per token, instead of their d·n products; a rational
+    filter carries N values of every product: matrix state g·n²·N, the published figure.
+    """
+
+    auto_toeplitz = TOEPLITZ_UP_TO["mh-hyena"]
 
     def __init__(
         self,
@@ -187,36 +353,64 @@ class MultiHeadHyena(Layer):
         layout: Literal["code", "paper"] = "code",
         proj_groups: int = 4,
         short_filter: int = 3,
+        filter: Literal["implicit", "rtf"] = "implicit",
         filter_order: int = 2,
+        rtf_init: Literal["zero", "xavier", "montel"] = "zero",
+        rtf_denominators: int | None = None,
         kernel: Literal["auto", "toeplitz", "fft"] = "auto",
     ) -> None:
-        super().__init__()
         other = head_width(width, num_heads, "mh-hyena")
-        self.groups, self.size = (other, num_heads) if layout == "code" else (num_heads, other)
-        self.width, self.taps, self.kernel = width, short_filter, kernel
-        self.filter_order = filter_order
-        self.project = GatedProjection(width, width, proj_groups, short_filter)
-        self.filter = ImplicitFilter(self.groups, filter_order, max_length)
+        if layout not in ("code", "paper"):
+            raise ConfigError(f"mh-hyena: layout={layout!r}; expected code or paper")
+        groups, size = (other, num_heads) if layout == "code" else (num_heads, other)
+        super().__init__(
+            GatedProjection(width, width, proj_groups, short_filter),
+            build_filter(
+                filter,
+                groups,
+                filter_order,
+                max_length,
+                rtf_init=rtf_init,
+                rtf_denominators=rtf_denominators,
+            ),
+            axes=(size, size),
+            history=2 * width,
+            kernel=kernel,
+        )
+        self.groups, self.size = groups, size
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         """Outer products convolved per group, read out by the first gate."""
-        batch, length, width = x.shape
+        length = x.shape[1]
         x1, x2, v = (
-            stream.view(batch, length, self.groups, self.size).transpose(1, 2)
+            stream.unflatten(-1, (self.groups, self.size)).transpose(1, 2)
             for stream in self.project(x)
         )  # each (B, g, L, n)
-        h = self.filter(length)
-        short = length <= TOEPLITZ_UP_TO["mh-hyena"]
-        fast = self.kernel == "toeplitz" or (self.kernel == "auto" and short)
-        mix = mix_heads_toeplitz if fast else mix_heads_fft
-        return self.out(mix(x1, x2, v, h).transpose(1, 2).reshape(batch, length, width))
+        mix = mix_heads_toeplitz if self._toeplitz(length) else mix_heads_fft
+        return self.out(mix(x1, x2, v, self.filter(length)).transpose(1, 2).flatten(2))
 
-    def state_floats(self, length: int) -> int:
-        """Outer products of all groups times filter order."""
-        del length
-        return self.groups * self.size**2 * self.filter_order
+    def step(
+        self, x: Float[Tensor, "batch width"], state: State
+    ) -> tuple[Float[Tensor, "batch width"], State]:
+        """One token: Σ_s h[t − s] (x₁·v_s) x₂_s over the history, or a step of the recursion."""
+        (x1, x2, v), projected = self.project.step(x, state["projected"])
+        shape = (self.groups, self.size)
+        if isinstance(self.filter, RTFFilter):
+            products = v.unflatten(-1, shape)[..., :, None] * x2.unflatten(-1, shape)[..., None, :]
+            y, after = self.filter.step(products, state)  # (B, g, n, n)
+            out = (x1.unflatten(-1, shape)[..., None] * y).sum(dim=-2)
+        else:
+            pair = torch.cat([v, x2], dim=-1)[:, None]  # (B, 1, 2d)
+            inputs = torch.cat([state["inputs"], pair], dim=1)
+            vs, x2s = inputs.unflatten(-1, (2, *shape)).unbind(2)  # (B, t + 1, g, n)
+            h = self.filter(inputs.shape[1]).flip(-1)  # (g, t + 1)
+            scores = torch.einsum("bgi,btgi,gt->btg", x1.unflatten(-1, shape), vs, h)
+            out, after = torch.einsum("btg,btgj->bgj", scores, x2s), {"inputs": inputs}
+        return self.out(out.flatten(1)), {"projected": projected} | after
 
     def mixing_flops_per_token(self, length: int) -> int:
         """Short filter and the masked products of the Toeplitz form."""
-        return self.width * (3 * 2 * self.taps + 2 * (length + 1)) + self.groups * (length + 1) // 2
+        short = self.out.in_features * 3 * 2 * len(self.project.taps)
+        products = 2 * self.out.in_features * (length + 1)
+        return short + products + self.groups * (length + 1) // 2

@@ -109,8 +109,15 @@ class HyenaOptions:
     """The input projection yields a 1/groups share of the channels and is tiled."""
     short_filter: int = 3
     """Length of the depthwise causal filter after the input projection."""
+    filter: Literal["implicit", "rtf"] = "implicit"
+    """`implicit`: taps from a small network of time; `rtf`: those of a rational transfer function,
+    which has a short exact state."""
     filter_order: int = 4
-    """Hidden width of the network that makes the filter."""
+    """Hidden width of the network that makes the filter, or the order of the rational function."""
+    rtf_init: Literal["zero", "xavier", "montel"] = "zero"
+    """Coefficients of a rational filter at first: none, U(±√(6/(N + 1))/N) or U(±1/N)."""
+    rtf_denominators: int | None = None
+    """Denominators that equal groups of channels share; none means one for each channel."""
     kernel: Literal["auto", "toeplitz", "fft"] = "auto"
     """How the long convolution is computed; both are exact."""
 
@@ -127,8 +134,15 @@ class MultiHeadHyenaOptions:
     """The input projection yields a 1/groups share of the channels and is tiled."""
     short_filter: int = 3
     """Length of the depthwise causal filter after the input projection."""
+    filter: Literal["implicit", "rtf"] = "implicit"
+    """`implicit`: taps from a small network of time; `rtf`: those of a rational transfer function,
+    which has a short exact state."""
     filter_order: int = 2
-    """Hidden width of the network that makes the filter."""
+    """Hidden width of the network that makes the filter, or the order of the rational function."""
+    rtf_init: Literal["zero", "xavier", "montel"] = "zero"
+    """Coefficients of a rational filter at first: none, U(±√(6/(N + 1))/N) or U(±1/N)."""
+    rtf_denominators: int | None = None
+    """Denominators that equal groups of channels share; none means one for each channel."""
     kernel: Literal["auto", "toeplitz", "fft"] = "auto"
     """`toeplitz` is masked linear attention with a learned decay; `fft` convolves products."""
 
@@ -145,3 +159,41 @@ class BasedOptions:
     """A position attends softly to itself and this many positions before it."""
     backend: Literal["auto", "sdpa", "flash", "eager"] = "auto"
     """How the window's softmax is computed."""
+
+
+@dataclass(frozen=True)
+class MambaOptions:
+    """Selective state space with a diagonal state per channel."""
+
+    d_state: int = 4
+    """State N per inner channel."""
+    d_conv: int = 4
+    """Taps of the causal filter before the recurrence."""
+    expand: int = 2
+    """Inner channels per unit of width."""
+    dt_rank: int | None = None
+    """Rank of the map that makes the step sizes; none means width / 16, rounded up."""
+    dt_min: float = 1e-3
+    """Smallest step size at the start."""
+    dt_max: float = 0.1
+    """Largest step size at the start."""
+    dt_scale: float = 1.0
+    """Scale of the step-size map's weights at the start."""
+    dt_init_floor: float = 1e-4
+    """No step size starts below this."""
+    kernel: Literal["auto", "torch", "cuda"] = "auto"
+    """`cuda` is the kernel of mamba-ssm; `auto` takes it where it is installed and x on a GPU."""
+
+
+@dataclass(frozen=True)
+class DeltaNetOptions:
+    """The delta rule, with or without a decay of the memory."""
+
+    num_heads: int = 8
+    """Heads H; the width must be divisible by it."""
+    short_conv: int = 4
+    """Length of the depthwise causal filter on queries, keys and values; 1 is none over time."""
+    negative_eigenvalues: bool = False
+    """Writes up to twice the difference (β in (0, 2)): a step may then flip what a key holds."""
+    chunk: int = 32
+    """Tokens whose writes one triangular system yields; any length gives the same numbers."""

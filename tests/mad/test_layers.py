@@ -72,7 +72,7 @@ def test_accounting_equals_the_published_counts_and_the_parameters(name, params,
     layer = make(name, width=128, max_length=MAX_LENGTH)
     cost = layer.accounting(MAX_LENGTH)
     assert cost.params == sum(p.numel() for p in layer.parameters()) == params
-    assert cost.state_floats == state
+    assert cost.matrix_state_floats == state
     assert cost.flops_per_token >= 2 * sum(
         m.weight.numel() for m in layer.modules() if isinstance(m, torch.nn.Linear)
     )
