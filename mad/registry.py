@@ -18,9 +18,13 @@ import yaml
 from mad.layers.options import (
     AttentionOptions,
     BasedOptions,
+    DeltaNetOptions,
+    HyenaExpertsOptions,
     HyenaOptions,
     LinearAttentionOptions,
+    MambaOptions,
     MLPOptions,
+    MoEMLPOptions,
     MultiHeadHyenaOptions,
     SwiGLUOptions,
 )
@@ -153,8 +157,17 @@ LAYERS: dict[str, LayerSpec] = {  # order = order in reports
     "mh-hyena": LayerSpec(
         "mad.layers.hyena:MultiHeadHyena", "mH", "sequence", MultiHeadHyenaOptions()
     ),
+    "mamba": LayerSpec("mad.layers.mamba:Mamba", "Mb", "sequence", MambaOptions()),
+    "deltanet": LayerSpec("mad.layers.delta:DeltaNet", "D", "sequence", DeltaNetOptions()),
+    "gated-deltanet": LayerSpec(
+        "mad.layers.delta:GatedDeltaNet", "gD", "sequence", DeltaNetOptions()
+    ),
+    "hyena-experts": LayerSpec(
+        "mad.layers.experts:HyenaExperts", "He", "sequence", HyenaExpertsOptions()
+    ),
     "mlp": LayerSpec("mad.layers.channel:MLP", "M", "channel", MLPOptions()),
     "swiglu": LayerSpec("mad.layers.channel:SwiGLU", "Sg", "channel", SwiGLUOptions()),
+    "moe-mlp": LayerSpec("mad.layers.experts:MoEMLP", "MoE", "channel", MoEMLPOptions()),
 }
 
 

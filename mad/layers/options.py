@@ -197,3 +197,46 @@ class DeltaNetOptions:
     """Writes up to twice the difference (β in (0, 2)): a step may then flip what a key holds."""
     chunk: int = 32
     """Tokens whose writes one triangular system yields; any length gives the same numbers."""
+
+
+@dataclass(frozen=True)
+class HyenaExpertsOptions:
+    """Hyena whose channels are experts; a router picks which of them reach the output."""
+
+    expert_width: int = 16
+    """Channels of an expert."""
+    num_experts: int = 8
+    """Experts E."""
+    active: int = 2
+    """Experts that a token uses."""
+    short_filter: int = 3
+    """Length of the depthwise causal filter after the input projection."""
+    filter: Literal["implicit", "rtf"] = "implicit"
+    """`implicit`: taps from a small network of time; `rtf`: those of a rational transfer function,
+    which has a short exact state."""
+    filter_order: int = 16
+    """Hidden width of the network that makes the filter, or the order of the rational function."""
+    rtf_init: Literal["zero", "xavier", "montel"] = "zero"
+    """Coefficients of a rational filter at first: none, U(±√(6/(N + 1))/N) or U(±1/N)."""
+    legacy: bool = False
+    """Route as the published code does: experts that were not picked keep a weight."""
+    kernel: Literal["auto", "toeplitz", "fft"] = "auto"
+    """How the long convolution is computed; both are exact."""
+
+
+@dataclass(frozen=True)
+class MoEMLPOptions:
+    """Sparse mixture of small gated perceptrons."""
+
+    hidden: int = 16
+    """Hidden width of an expert."""
+    num_experts: int = 8
+    """Experts E."""
+    active: int = 2
+    """Experts that a token uses."""
+    bias: bool = False
+    """Biases in the experts."""
+    legacy: bool = False
+    """The published layer: one dense output map, and experts that were not picked keep a weight."""
+    kernel: Literal["auto", "dense", "dispatch"] = "auto"
+    """Compute all experts and weigh them, or sort tokens by expert; both are exact."""

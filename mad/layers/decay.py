@@ -1,0 +1,203 @@
+"""Recurrences over a matrix state that decays, and the small parts their layers share.
+
+Axes:  batch B, heads H, time L, features f of keys and queries, head e of values.
+
+    channel decay   S_t = diag(exp g_t) S_{t−1} + k_t v_tᵀ,  o_t = S_tᵀ q_t    g_t ≤ 0 per feature
+    with a bonus    o_t = (S_{t−1} + diag(u) k_t v_tᵀ)ᵀ q_t,  then the same update
+
+in two forms: `…_recurrent`, the equation in a loop, and `…_chunked`, where the steps of a chunk
+become matrix products and a loop carries S over the chunks. [arXiv 2312.06635, §4]
+
+With G the running sum of g in a chunk, a pair i ≥ j weighs q_i k_j exp(G_i − G_j). `pairwise` takes
+that difference pair by pair, masked before exp: exact for any g. `factored` splits it at the middle
+of the chunk into two factors and is matrix products only; so that neither overflows, a step forgets
+at most `FORGET`: e^−20 is below the rounding of single precision, e^−42 below that of double.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+ChannelForm = Literal["pairwise", "factored"]
+
+FORGET = {torch.float32: -20.0, torch.float64: -42.0}
+# Half a chunk of 8 forgets at most e^−80 in single precision, whose range ends at e^±87.
+FACTORED_STEPS = 8
+PAIRWISE_STEPS = 8
+
+
+# ---------------------------------------------------------------- shared parts
+
+
+def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in single precision, or in their own where that is finer."""
+    return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """A context in which matrix products keep the precision of their operands."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def token_shift(x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
+    """x moved one position later, zeros at the first."""
+    return F.pad(x[:, :-1], (0, 0, 1, 0))
+
+
+class ShortConvolution(nn.Module):
+    """y_t = b + Σ_j w_j ⊙ x_{t−n+1+j}: a causal filter of n taps per channel; state n·channels."""
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        bound = taps**-0.5
+        self.taps = nn.Parameter(torch.empty(taps, channels).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+
+    def forward(self, x: Float[Tensor, "batch time channels"]) -> Float[Tensor, "..."]:
+        """The filtered sequence."""
+        n, length = len(self.taps), x.shape[1]
+        x = F.pad(x, (0, 0, n - 1, 0))
+        y = self.bias
+        for j, tap in enumerate(self.taps.unbind(0)):
+            y = y + tap * x[:, j : j + length]
+        return y
+
+    def step(
+        self, x: Float[Tensor, "batch channels"], past: Float[Tensor, "batch taps channels"]
+    ) -> tuple[Float[Tensor, "batch channels"], Float[Tensor, "batch taps channels"]]:
+        """One position from the last taps − 1 inputs, and the inputs that the next one needs."""
+        window = torch.cat([past, x[:, None].to(past.dtype)], dim=1)
+        y = self.bias + (self.taps * window).sum(1)
+        return y.to(x.dtype), window[:, 1:]
+
+
+class HeadNorm(nn.Module):
+    """Each head normalised for itself, then scaled (and shifted) per channel."""
+
+    def __init__(self, width: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads, self.eps = num_heads, eps
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Float[Tensor, "*axes heads head"]) -> Float[Tensor, "*axes width"]:
+        """Group normalisation with one group per head; the heads come out side by side."""
+        (x,) = at_least_float32(x)
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(-2) * self.weight + self.bias
+
+
+def split_heads(
+    x: Float[Tensor, "batch time width"], num_heads: int
+) -> Float[Tensor, "batch heads time head"]:
+    """Channels to heads."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _chunks(x: Tensor, steps: int) -> Tensor:
+    """(B, H, L, …) → (B, H, chunks, steps, …), with zeros after the end."""
+    pad = -x.shape[2] % steps
+    return F.pad(x, (0, 0) * (x.ndim - 3) + (0, pad)).unflatten(2, (-1, steps))
+
+
+def _carry(
+    state: Tensor, kept: Float[Tensor, "B H chunks f"], added: Float[Tensor, "B H chunks f e"]
+) -> tuple[Tensor, Tensor]:
+    """The state before each chunk, (B, H, chunks, f, e), and the one after the last."""
+    before = []
+    for a, x in zip(kept.unsqueeze(-1).unbind(2), added.unbind(2), strict=True):
+        before.append(state)
+        state = torch.addcmul(x, a, state)
+    return torch.stack(before, dim=2), state
+
+
+def _first(state: Tensor | None, k: Tensor, v: Tensor) -> Tensor:
+    if state is not None:
+        return state
+    return k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
+
+
+# ---------------------------------------------------------------- one decay per channel
+
+
+def channel_decay_recurrent(
+    q: Float[Tensor, "batch heads time features"],
+    k: Float[Tensor, "batch heads time features"],
+    v: Float[Tensor, "batch heads time head"],
+    g: Float[Tensor, "batch heads time features"],
+    bonus: Float[Tensor, "heads features"] | None = None,
+    state: Float[Tensor, "batch heads features head"] | None = None,
+) -> tuple[Float[Tensor, "batch heads time head"], Float[Tensor, "batch heads features head"]]:
+    """Outputs and the last state, one step after another."""
+    state, outputs = _first(state, k, v), []
+    for t in range(q.shape[2]):
+        o, state = channel_decay_step(q[:, :, t], k[:, :, t], v[:, :, t], g[:, :, t], state, bonus)
+        outputs.append(o)
+    return torch.stack(outputs, dim=2), state
+
+
+def channel_decay_step(
+    q: Float[Tensor, "batch heads features"],
+    k: Float[Tensor, "batch heads features"],
+    v: Float[Tensor, "batch heads head"],
+    g: Float[Tensor, "#batch heads #features"],
+    state: Float[Tensor, "batch heads features head"],
+    bonus: Float[Tensor, "heads features"] | None = None,
+) -> tuple[Float[Tensor, "batch heads head"], Float[Tensor, "batch heads features head"]]:
+    """One step of the equation."""
+    new = k[..., :, None] * v[..., None, :]
+    after = torch.exp(g)[..., None] * state + new
+    seen = after if bonus is None else state + bonus[..., None] * new
+    return (q[..., None, :] @ seen).squeeze(-2), after
+
+
+def channel_decay_chunked(
+    q: Float[Tensor, "batch heads time features"],
+    k: Float[Tensor, "batch heads time features"],
+    v: Float[Tensor, "batch heads time head"],
+    g: Float[Tensor, "batch heads time features"],
+    bonus: Float[Tensor, "heads features"] | None = None,
+    state: Float[Tensor, "batch heads features head"] | None = None,
+    form: ChannelForm = "factored",
+) -> tuple[Float[Tensor, "batch heads time head"], Float[Tensor, "batch heads features head"]]:
+    """Outputs and the last state, a chunk at a time, in single precision or finer."""
+    q, k, v, g = at_least_float32(q, k, v, g)
+    with no_autocast(q):
+        return _channel_decay_chunked(q, k, v, g, bonus, state, form)
+
+
+def _channel_decay_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    bonus: Tensor | None,
+    state: Tensor | None,
+    form: ChannelForm,
+) -> tuple[Tensor, Tensor]:
+    length, steps = q.shape[2], PAIRWISE_STEPS if form == "pairwise" else FACTORED_STEPS
+    steps = min(steps, length)
+    if form == "factored":
+        g = g.clamp_min(FORGET[g.dtype])
+    q, k, v, g = (_chunks(x, steps) for x in (q, k, v, g))  # padding: nothing added, all kept
+    G = g.cumsum(dim=3)  # (B, H, C, c, f)
+    read = G if bonus is None else G - g  # what a query sees has decayed this much
+    until = 0 if bonus is None else -1  # a query sees keys up to itself, or before itself
+    mask = torch.ones(steps, steps, dtype=torch.bool, device=q.device).tril(until)
+    if form == "pairwise":
+        gaps = read.unsqueeze(4) - G.unsqueeze(3)  # (B, H, C, i, j, f)
+        weights = gaps.masked_fill(~mask[..., None], -torch.inf).exp()
+        scores = torch.einsum("bhcif,bhcijf,bhcjf->bhcij", q, weights, k)
+    else:
+        middle = G[:, :, :, steps // 2 : steps // 2 + 1]
+        scores = (q * (read - middle).exp()) @ (k * (middle - G).exp()).transpose(-1, -2)
+        scores = scores.masked_fill(~mask, 0)
+    inside = scores @ v
+    if bonus is not None:
+        inside = inside + (q * bonus[:, None, None] * k).sum(-1, keepdim=True) * v
+    end = G[:, :, :, -1]  # (B, H, C, f)
+    added = (k * (end.unsqueeze(3) - G).exp()).transpose(-1, -2) @ v
+    before, state = _carry(_first(state, k, v), end.exp(), added)
+    across = (q * read.exp()) @ before
+    return (inside + across).flatten(2, 3)[:, :, :length], state
