@@ -5,6 +5,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mad.layers.layer import Layer
+from workbench.errors import ConfigError
+
+
+def _check(layer: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{layer}: {name}={size} must be at least 1")
 
 
 class MLP(Layer):
@@ -12,7 +19,8 @@ class MLP(Layer):
 
     def __init__(self, width: int, *, hidden: int | None = None, bias: bool = False) -> None:
         super().__init__()
-        hidden = hidden or 4 * width
+        hidden = 4 * width if hidden is None else hidden
+        _check("mlp", hidden=hidden)
         self.up = nn.Linear(width, hidden, bias=bias)
         self.down = nn.Linear(hidden, width, bias=bias)
 
@@ -29,7 +37,10 @@ class SwiGLU(Layer):
     ) -> None:
         super().__init__()
         # 2/3 of 4·width keeps the parameter count of the perceptron; rounded up to `multiple_of`
-        hidden = hidden or multiple_of * -(-(8 * width // 3) // multiple_of)
+        _check("swiglu", multiple_of=multiple_of)
+        if hidden is None:
+            hidden = multiple_of * -(-(8 * width // 3) // multiple_of)
+        _check("swiglu", hidden=hidden)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=bias)
         self.down = nn.Linear(hidden, width, bias=bias)
 
