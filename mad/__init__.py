@@ -32,6 +32,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "build_model": "mad.model",
         "MADConfig": "mad.config",
         "MADModelConfig": "mad.config",
+        "check_layer": "mad.checks",
         "evaluate": "mad.evaluate",
         **FUNCTIONS,
     },
