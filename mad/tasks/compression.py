@@ -84,6 +84,14 @@ class Compression(Task):
                     inputs[0, at], answers[0, at] = rng.choice(noise), IGNORE
         return Rows(inputs, answers, answers)
 
+    def token_kinds(self) -> dict[str, range]:
+        """Which tokens play which part."""
+        return {
+            "content": range(self.content_size),
+            "noise": range(self.content_size, self.vocab_size - 1),
+            "compress": range(self.vocab_size - 1, self.vocab_size),
+        }
+
     def expected_scored(self) -> float:
         """1 + (1 − ρ)(L − 1): the compress token is scored too."""
         return 1 + (1 - self.frac_noise) * (self.seq_len - 1)

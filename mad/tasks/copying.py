@@ -97,6 +97,15 @@ class Copying(Task):
         answers[0, -self.num_tokens_to_copy :] = content
         return Rows(inputs, answers, answers)
 
+    def token_kinds(self) -> dict[str, range]:
+        """Which tokens play which part."""
+        blank = self.content_size
+        return {
+            "content": range(blank),
+            "blank": range(blank, blank + 1),
+            "copy": range(blank + 1, self.vocab_size),
+        }
+
     def expected_scored(self) -> float:
         """C."""
         return float(self.num_tokens_to_copy)

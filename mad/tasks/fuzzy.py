@@ -307,6 +307,16 @@ class FuzzyInContextRecall(Task):
         fits &= (after >= self.n_keys) & (after < self.content_size)
         return (fits & (at < key_at[:, None])).any(axis=1)
 
+    def token_kinds(self) -> dict[str, range]:
+        """Which tokens play which part."""
+        return {
+            "key": range(self.n_keys),
+            "value": range(self.n_keys, self.content_size),
+            "noise": range(self.content_size, self.padding),
+            "padding": range(self.padding, self.padding + 1),
+            "copy": range(self.padding + 1, self.vocab_size),
+        }
+
     def expected_scored(self) -> float:
         """Expected scored tokens of a test row (see `expected_scored_of`)."""
         return self.expected_scored_of("test")

@@ -10,6 +10,7 @@ A row of V = 16, L = 8 with the map {4:9, 3:11, 0:13, 2:14, 1:8, 6:10, 5:7} (ins
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from workbench.errors import ConfigError
 @dataclass(frozen=True)
 class Memorization(Task):
     """Keys, each followed by an insert token at which the map's value is the answer."""
+
+    repeats_rows: ClassVar[bool] = True
 
     vocab_size: int = 256
     """Number of tokens V, insert and noise tokens included."""
@@ -109,6 +112,15 @@ class Memorization(Task):
                 answers += [IGNORE, pairs[key]]
         targets = np.array([answers], dtype=np.int64)
         return Rows(np.array([inputs], dtype=np.int64), targets, targets)
+
+    def token_kinds(self) -> dict[str, range]:
+        """Which tokens play which part."""
+        return {
+            "key": range(self.n_keys),
+            "value": range(self.n_keys, self.content_size),
+            "noise": range(self.content_size, self.vocab_size - 1),
+            "insert": range(self.vocab_size - 1, self.vocab_size),
+        }
 
     def expected_scored(self) -> float:
         """1 + (1 − ρ)(L/2 − 1): one slot surely holds a key."""

@@ -123,6 +123,14 @@ class MultiQueryRecall(Task):
         filler = rng.integers(self.content_size, self.vocab_size, (1, self.seq_len))
         return self.rows_of(keys[None], values[None], slots[None], filler)
 
+    def token_kinds(self) -> dict[str, range]:
+        """Which tokens play which part."""
+        return {
+            "key": range(self.n_keys),
+            "value": range(self.n_keys, self.content_size),
+            "filler": range(self.content_size, self.vocab_size),
+        }
+
     def expected_scored(self) -> float:
         """Number of pairs."""
         return float(self.num_kv_pairs)

@@ -128,6 +128,16 @@ class InContextRecall(Task):
         whole = np.array([sequence], dtype=np.int64)
         return Rows(whole[:, :-1], np.array([targets], dtype=np.int64)[:, 1:], whole[:, 1:])
 
+    def token_kinds(self) -> dict[str, range]:
+        """Which tokens play which part."""
+        noise = self.content_size + self.noise_vocab_size
+        return {
+            "key": range(self.n_keys),
+            "value": range(self.n_keys, self.content_size),
+            "noise": range(self.content_size, noise),
+            "copy": range(noise, self.vocab_size),
+        }
+
     def expected_scored(self) -> float:
         """Expected pairs − expected distinct keys + 1; without noise P′ − n(1 − (1 − 1/n)^P′) + 1.
 

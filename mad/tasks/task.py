@@ -45,6 +45,8 @@ class Task(ABC):
     """Raised when the drawn bytes change, so that old and new data never share a key."""
     backbone: ClassVar[str] = "language-model"
     """Backbone the task is made for: `language-model` or `autoencoder`."""
+    repeats_rows: ClassVar[bool] = False
+    """May test rows repeat training rows by design? Then leakage is not warned about."""
 
     vocab_size: int = 16
     """Number of tokens V, special ones included."""
@@ -76,6 +78,10 @@ class Task(ABC):
         """Largest expected accuracy after training on that many rows; 1 unless stated."""
         del num_train_examples
         return 1.0
+
+    def token_kinds(self) -> dict[str, range]:
+        """Which tokens play which part; the ranges are disjoint and cover the vocabulary."""
+        return {"content": range(self.vocab_size)}
 
     def answerable(self, rows: Rows) -> Bool[np.ndarray, " rows"]:
         """Does a row hold what its answers ask for? Always, unless a task says otherwise."""
