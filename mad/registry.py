@@ -19,13 +19,17 @@ from mad.layers.options import (
     AttentionOptions,
     BasedOptions,
     DeltaNetOptions,
+    GatedLinearAttentionOptions,
     HyenaExpertsOptions,
     HyenaOptions,
     LinearAttentionOptions,
+    Mamba2Options,
     MambaOptions,
     MLPOptions,
     MoEMLPOptions,
     MultiHeadHyenaOptions,
+    RetNetOptions,
+    RWKV7Options,
     SwiGLUOptions,
 )
 from workbench.errors import ConfigError, unknown_name
@@ -157,7 +161,18 @@ LAYERS: dict[str, LayerSpec] = {  # order = order in reports
     "mh-hyena": LayerSpec(
         "mad.layers.hyena:MultiHeadHyena", "mH", "sequence", MultiHeadHyenaOptions()
     ),
+    "gated-linear-attention": LayerSpec(
+        "mad.layers.gla:GatedLinearAttention", "Ag", "sequence", GatedLinearAttentionOptions()
+    ),
+    "mh-gated-linear-attention": LayerSpec(
+        "mad.layers.gla:GatedLinearAttention",
+        "mAg",
+        "sequence",
+        GatedLinearAttentionOptions(num_heads=8),
+    ),
     "mamba": LayerSpec("mad.layers.mamba:Mamba", "Mb", "sequence", MambaOptions()),
+    "mamba2": LayerSpec("mad.layers.mamba2:Mamba2", "Mb2", "sequence", Mamba2Options()),
+    "retnet": LayerSpec("mad.layers.retnet:RetNet", "Rn", "sequence", RetNetOptions()),
     "deltanet": LayerSpec("mad.layers.delta:DeltaNet", "D", "sequence", DeltaNetOptions()),
     "gated-deltanet": LayerSpec(
         "mad.layers.delta:GatedDeltaNet", "gD", "sequence", DeltaNetOptions()
@@ -165,6 +180,7 @@ LAYERS: dict[str, LayerSpec] = {  # order = order in reports
     "hyena-experts": LayerSpec(
         "mad.layers.experts:HyenaExperts", "He", "sequence", HyenaExpertsOptions()
     ),
+    "rwkv7": LayerSpec("mad.layers.rwkv7:RWKV7TimeMixer", "R7", "sequence", RWKV7Options()),
     "mlp": LayerSpec("mad.layers.channel:MLP", "M", "channel", MLPOptions()),
     "swiglu": LayerSpec("mad.layers.channel:SwiGLU", "Sg", "channel", SwiGLUOptions()),
     "moe-mlp": LayerSpec("mad.layers.experts:MoEMLP", "MoE", "channel", MoEMLPOptions()),

@@ -240,3 +240,75 @@ class MoEMLPOptions:
     """The published layer: one dense output map, and experts that were not picked keep a weight."""
     kernel: Literal["auto", "dense", "dispatch"] = "auto"
     """Compute all experts and weigh them, or sort tokens by expert; both are exact."""
+
+
+@dataclass(frozen=True)
+class GatedLinearAttentionOptions:
+    """Linear attention whose key channels forget at rates of their own."""
+
+    num_heads: int = 1
+    """Heads H; the width must be divisible by it."""
+    gate_rank: int = 16
+    """Rank of the map that makes the rates."""
+    gate_divisor: float = 16.0
+    """The log of the gate is divided by this, so that little is forgotten at first."""
+    clamp_min: float | None = None
+    """Lower bound of the log of a gate; none means none."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in the norm of each head."""
+    form: Literal["factored", "pairwise"] = "factored"
+    """How a chunk is computed: matrix products only, or every pair's own decay."""
+
+
+@dataclass(frozen=True)
+class Mamba2Options:
+    """State space with one decay per head."""
+
+    d_state: int = 8
+    """State N per inner channel."""
+    d_conv: int = 4
+    """Taps of the causal filter before the recurrence."""
+    expand: int = 2
+    """Inner channels per unit of width."""
+    head_dim: int = 32
+    """Inner channels P of a head."""
+    groups: int = 1
+    """Groups of heads that share their input and output maps."""
+    chunk: int = 32
+    """Steps that are computed together."""
+    dt_min: float = 1e-3
+    """Smallest step size at the start."""
+    dt_max: float = 0.1
+    """Largest step size at the start."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in the norm before the output map."""
+    kernel: Literal["auto", "torch", "cuda"] = "auto"
+    """`cuda` is the kernel of mamba-ssm; `auto` takes it where it is installed and x on a GPU."""
+
+
+@dataclass(frozen=True)
+class RetNetOptions:
+    """Linear attention with fixed decays and rotated queries and keys."""
+
+    num_heads: int = 8
+    """Heads H; the width of a head must be even."""
+    xpos: bool = True
+    """Channels that turn fast forget faster, on top of the decay of their head."""
+    norm_eps: float = 1e-5
+    """Added to the variance in the norm of each head."""
+
+
+@dataclass(frozen=True)
+class RWKV7Options:
+    """The generalised delta rule."""
+
+    head_dim: int = 16
+    """Width of a head; the layer's width must be divisible by it."""
+    decay_rank: int = 32
+    """Rank of the map from a token to its decays."""
+    rate_rank: int = 32
+    """Rank of the map from a token to its removal rates."""
+    gate_rank: int = 64
+    """Rank of the output gate."""
+    chunk: int = 32
+    """Tokens whose removals one triangular system yields; any length gives the same numbers."""
