@@ -13,7 +13,7 @@ from typing import Any
 
 from workbench.lazy import lazy_exports
 
-FUNCTIONS = {"train": "mad.api"}
+FUNCTIONS = {"train": "mad.api", "benchmark": "mad.runner"}
 """Public functions that share their name with a module of this package."""
 
 __getattr__, __dir__, __all__ = lazy_exports(

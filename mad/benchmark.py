@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -121,12 +121,13 @@ class Experiment:
             raise ConfigError(f"two stacks have one name: {', '.join(names)}; name them apart")
         jobs_of(self)
 
+    def models(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Names and layers of the models."""
+        return [split_stack(text) for text in self.stacks or (" ".join(self.layers),)]
 
-def models_of(experiment: Experiment) -> list[tuple[str, tuple[str, ...]]]:
-    """Names and layers of the models."""
-    if experiment.stacks:
-        return [split_stack(text) for text in experiment.stacks]
-    return [split_stack(" ".join(experiment.layers))]
+    def training(self, **settings: Any) -> Training:
+        """A training run of one of the models."""
+        return Training(**settings)
 
 
 def resolved(experiment: Experiment) -> Experiment:
@@ -134,7 +135,7 @@ def resolved(experiment: Experiment) -> Experiment:
     preset = preset_named(experiment.preset)
     return replace(
         experiment,
-        stacks=tuple(f"{name}: {' '.join(layers)}" for name, layers in models_of(experiment)),
+        stacks=tuple(f"{name}: {' '.join(layers)}" for name, layers in experiment.models()),
         layers=(),
         settings=tuple(one.label for one in settings_in(experiment, preset)),
         only_task=(),
@@ -164,13 +165,14 @@ def jobs_of(experiment: Experiment) -> list[Job]:
     """All runs of a benchmark, model by model and setting by setting."""
     preset = preset_named(experiment.preset)
     shared = ("dim", "batch_size", "epochs", "num_test_examples")
-    base = Training(
+    base = experiment.training(
         **{name: getattr(experiment, name) or getattr(preset, name) for name in shared},
+        **preset.training,
         protocol=experiment.protocol,
         run=replace(experiment.run, name=None, wandb=False, fresh=False),
     )
     jobs = make_jobs(
-        models_of(experiment),
+        experiment.models(),
         settings_in(experiment, preset),
         base,
         lrs=experiment.lrs or preset.lrs,
@@ -422,11 +424,6 @@ def command(experiment: Experiment) -> dict[str, Any]:
     except JobsFailed as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(1) from None
-
-
-def scores_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """Task → score of the first model of a benchmark's results, the mean last."""
-    return {row["task"]: row["accuracy"] for row in results["models"][0]["scores"]}
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ class Preset:
     epochs: int
     num_test_examples: int
     seed: int = 12345
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of `mad.train.Experiment` for every run; a setting's own win."""
 
 
 def published_settings() -> tuple[Setting, ...]:
@@ -92,9 +94,15 @@ def parse_setting(text: str) -> Setting:
 
 
 MINI = (
-    "in-context-recall,vocab_size=16,seq_len=32,train_targets=answers",
-    "memorization,vocab_size=256",
+    "compression,vocab_size=16,seq_len=8",
+    "fuzzy-in-context-recall,vocab_size=8,seq_len=24,k_motif_size=2,v_motif_size=2",
+    "in-context-recall,vocab_size=8,seq_len=16,epochs=6",
+    "memorization,vocab_size=256,num_train_examples=256,epochs=60,evaluate_every=40",
+    "memorization,vocab_size=1024,num_train_examples=256,epochs=60,evaluate_every=40",
+    "noisy-in-context-recall,vocab_size=12,noise_vocab_size=4,seq_len=16,epochs=6",
+    "selective-copying,vocab_size=16,seq_len=32,num_tokens_to_copy=6",
 )
+"""Settings of the mini benchmark: small enough that attention passes its transition on recall."""
 
 
 def preset_named(name: str) -> Preset:
@@ -116,9 +124,16 @@ def preset_named(name: str) -> Preset:
             weight_decays=(0.0,),
             dim=64,
             batch_size=64,
-            epochs=10,
+            epochs=4,
             num_test_examples=512,
             seed=1,
+            training={
+                "num_train_examples": 12800,
+                "evaluate_every": 100,
+                "save_every": 500,
+                "stop_accuracy": 0.995,
+                "test_curve": False,
+            },
         )
     raise unknown_name("preset", name, ("full", "mini"))
 
