@@ -17,7 +17,6 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -33,8 +32,8 @@ TOEPLITZ_UP_TO = {"hyena": 32, "mh-hyena": 1024}
 def toeplitz(h: Float[Tensor, "channels time"]) -> Float[Tensor, "channels time time"]:
     """T[c, t, s] = h[c, t − s] for t ≥ s and 0 above the diagonal."""
     length = h.shape[-1]
-    # a circle of 2L: h₀, L zeros, h_{L−1} … h₁. Laid out again and again in rows of 2L − 1, it starts
-    # each row one place later, so that row t, column s is circle[(s − t) mod 2L] = h[t − s]
+    # a circle of 2L: h₀, L zeros, h_{L−1} … h₁. Laid out again and again in rows of 2L − 1, it
+    # starts each row one place later: row t, column s is circle[(s − t) mod 2L] = h[t − s]
     circle = torch.cat([h[:, :1], torch.zeros_like(h), h[:, 1:].flip(-1)], dim=-1)
     rows = circle[:, None].expand(-1, length, -1).flatten(1)[:, : length * (2 * length - 1)]
     return rows.unflatten(-1, (length, 2 * length - 1))[..., :length]
