@@ -67,12 +67,13 @@ class Based(Layer):
         self, x: Float[Tensor, "batch width"], state: State
     ) -> tuple[Float[Tensor, "batch width"], State]:
         """One token through both."""
-        total, after = torch.zeros_like(x), {}
+        outputs, after = [], {}
         for name, layer in (("taylor", self.taylor), ("window", self.window)):
             own = {key: state[f"{name}.{key}"] for key in layer.initial_state(1)}
             y, own = layer.step(x, own)
-            total, after = total + y, after | {f"{name}.{key}": own[key] for key in own}
-        return total, after
+            outputs.append(y)
+            after |= {f"{name}.{key}": own[key] for key in own}
+        return outputs[0] + outputs[1], after
 
     def state_floats(self, length: int) -> int:
         """What both carry."""

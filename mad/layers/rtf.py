@@ -76,7 +76,7 @@ class RTFFilter(nn.Module):
         denominator = torch.fft.rfft(torch.cat([one, a], dim=1), n=n)  # (D, n/2 + 1)
         numerator = torch.fft.rfft(torch.cat([torch.zeros_like(b[:, :1]), b], dim=1), n=n)
         spectrum = numerator / self._shared(denominator) + skip[:, None]
-        return torch.fft.irfft(spectrum, n=n)[:, :length]
+        return torch.fft.irfft(spectrum, n=n)[:, :length].to(self.zeros.dtype)
 
     def companion(
         self,
@@ -96,6 +96,7 @@ class RTFFilter(nn.Module):
 
     def initial_state(self, batch: int, axes: tuple[int, ...], like: dict) -> State:
         """The last N values of w, zero before the first token; `axes` follow the channels."""
+        like = like | {"dtype": torch.promote_types(like["dtype"], torch.float32)}
         return {"modes": torch.zeros(batch, self.channels, *axes, self.order, **like)}
 
     def step(
@@ -108,7 +109,7 @@ class RTFFilter(nn.Module):
         w = state["modes"]
         y = (c * w).sum(dim=-1) + direct.view(self.channels, *extra) * u
         new = u - (a * w).sum(dim=-1)
-        return y, {"modes": torch.cat([new[..., None], w[..., :-1]], dim=-1)}
+        return y.to(u.dtype), {"modes": torch.cat([new[..., None], w[..., :-1]], dim=-1)}
 
 
 def rtf_recurrent(

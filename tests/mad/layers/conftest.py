@@ -56,6 +56,18 @@ class Forms:
             assert floats == 3 * layer.state_floats(t)
             assert layer.matrix_state_floats(t) >= 0
 
+    def half_precision(self, text: str) -> None:
+        """Under bfloat16 autocast, and with bfloat16 weights, both forms stay near float32."""
+        layer, x = self.make(text), self.noise(2, 9, self.width, dtype=torch.float32)
+        expected = layer(x)
+        half = self.make(text).bfloat16()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = [layer(x), layer.recurrent(x)]
+        found += [half(x.bfloat16()), half.recurrent(x.bfloat16())]
+        for y in found:
+            assert y.dtype == torch.bfloat16
+            assert (y - expected).norm() <= 0.1 * expected.norm()
+
     def causal(self, text: str) -> None:
         """No output has a gradient with respect to a later input."""
         layer, x = self.make(text).double(), self.noise(1, 9, self.width).requires_grad_()

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.func import functional_call, stack_module_state, vmap
 
 from mad.layers.attention import (
     alibi_slopes,
@@ -177,33 +176,12 @@ def test_fused_and_single_query_attention_are_the_eager_one(length, window, bias
 
 
 @pytest.mark.parametrize("text", VARIANTS)
-def test_parallel_form_is_the_unrolled_step(text):
-    for length in (1, 2, 11):
-        layer, x = make(text).double(), noise(2, length, 16, seed=length).requires_grad_()
-        wrt = [x, *layer.parameters()]
-        fast, slow = layer(x), layer.recurrent(x)
-        torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-12)
-        for a, b in zip(
-            torch.autograd.grad(fast.square().sum(), wrt),
-            torch.autograd.grad(slow.square().sum(), wrt),
-            strict=True,
-        ):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-    layer, x = make(text), noise(2, 9, 16, dtype=torch.float32)
-    torch.testing.assert_close(layer(x), layer.recurrent(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("text", VARIANTS)
-def test_the_carried_state_is_as_large_as_stated_and_is_not_changed_in_place(text):
-    layer = make(text)
-    state = layer.initial_state(3)
-    for t in range(1, 8):
-        kept = {name: part.clone() for name, part in state.items()}
-        _, new = layer.step(noise(3, 16, seed=t, dtype=torch.float32), state)
-        assert all(torch.equal(state[name], kept[name]) for name in kept)
-        state = new
-        floats = sum(part.numel() for part in state.values() if part.is_floating_point())
-        assert floats == 3 * layer.state_floats(t)
+def test_forms(forms, text):
+    forms.parallel_is_recurrent(text)
+    forms.state_is_as_stated(text)
+    forms.causal(text)
+    forms.replicas(text)
+    forms.half_precision(text)
 
 
 def test_sequences_of_a_batch_may_stand_at_different_positions():
@@ -216,32 +194,6 @@ def test_sequences_of_a_batch_may_stand_at_different_positions():
         y, state = layer.step(x[:, t], state)
         outputs.append(y)
     torch.testing.assert_close(torch.stack(outputs, dim=1), layer(x), rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("text", VARIANTS)
-def test_no_output_depends_on_a_later_token(text):
-    layer, x = make(text).double(), noise(1, 9, 16).requires_grad_()
-    for t in (0, 4, 8):
-        (gradient,) = torch.autograd.grad(layer(x)[:, t].square().sum(), x)
-        assert not gradient[:, t + 1 :].any()
-        assert gradient[:, t].any()
-
-
-@pytest.mark.parametrize("text", VARIANTS)
-def test_replicas_under_vmap_equal_their_own_runs(text):
-    layers, x = [make(text, seed=seed) for seed in (0, 1)], noise(2, 7, 16, dtype=torch.float32)
-    parameters, buffers = stack_module_state(layers)
-
-    def loss(p, b, x):
-        return functional_call(layers[0], (p, b), (x,)).square().mean()
-
-    gradients, values = vmap(torch.func.grad_and_value(loss), (0, 0, None))(parameters, buffers, x)
-    for r, layer in enumerate(layers):
-        own = layer(x).square().mean()
-        torch.testing.assert_close(values[r], own, rtol=1e-5, atol=1e-6)
-        names = dict(layer.named_parameters())
-        for name, g in zip(names, torch.autograd.grad(own, list(names.values())), strict=True):
-            torch.testing.assert_close(gradients[name][r], g, rtol=1e-4, atol=1e-6)
 
 
 # ---------------------------------------------------------------- bad input, other backends

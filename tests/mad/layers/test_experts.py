@@ -195,6 +195,7 @@ def test_forms(forms, text):
     forms.state_is_as_stated(text)
     forms.causal(text)
     forms.replicas(text)
+    forms.half_precision(text)
 
 
 def test_the_step_form_of_a_dispatched_layer(forms):

@@ -173,6 +173,7 @@ def test_forms(forms, text):
     forms.state_is_as_stated(text)
     forms.causal(text)
     forms.replicas(text)
+    forms.half_precision(text)
 
 
 @pytest.mark.parametrize(
