@@ -58,7 +58,8 @@ class Compression(Task):
 
     def draw(self, rng: np.random.Generator, rows: int, split: Split = "train") -> Rows:
         """All rows at once."""
-        inputs = rng.integers(0, self.content_size, (rows, self.seq_len), dtype=np.int64)
+        kind = np.int16 if self.content_size <= 2**15 else np.int64
+        inputs = rng.integers(0, self.content_size, (rows, self.seq_len), kind).astype(np.int64)
         inputs[:, -1] = self.vocab_size - 1
         if self.frac_noise == 0:
             return Rows(inputs, inputs, inputs)

@@ -14,7 +14,7 @@ always m_k; a value has 1 … m_v in all splits. A motif is an ordered choice of
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -25,9 +25,34 @@ from workbench.errors import ConfigError
 Numbers = Int64[np.ndarray, "..."]
 
 
+class Deck:
+    """All motifs of one size in shuffled order, listed by number only."""
+
+    def __init__(self, rng: np.random.Generator, tokens: int, size: int, first: int) -> None:
+        self.tokens, self.size, self.first = tokens, size, first
+        count = 1
+        for at in range(size):
+            count *= tokens - at
+        self.order = np.arange(count)
+        rng.shuffle(self.order)
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, ...]:
+        """A uniform motif."""
+        number = int(self.order[rng.integers(0, len(self.order))])
+        digits = []
+        for at in reversed(range(self.size)):  # mixed radix, the last token fastest
+            number, digit = divmod(number, self.tokens - at)
+            digits.append(digit)
+        free = list(range(self.first, self.first + self.tokens))
+        return tuple(free.pop(digit) for digit in reversed(digits))
+
+
 @dataclass(frozen=True)
 class FuzzyInContextRecall(Task):
     """Motif pairs with a fresh random map per row; the probe pair is surely shown."""
+
+    deck: ClassVar[type] = Deck
+    """How legacy rows hold the shuffled motifs of one size."""
 
     k_motif_size: int = 3
     """Largest number of tokens m_k of a key."""
@@ -238,8 +263,10 @@ class FuzzyInContextRecall(Task):
         train = split == "train"
         key_sizes = range(1, self.k_motif_size + 1) if train else [self.k_motif_size]
         value_sizes = range(1, self.v_motif_size + 1)
-        key_decks = {size: _Deck(rng, self.n_keys, size, 0) for size in key_sizes}
-        value_decks = {size: _Deck(rng, self.n_values, size, self.n_keys) for size in value_sizes}
+        key_decks = {size: self.deck(rng, self.n_keys, size, 0) for size in key_sizes}
+        value_decks = {
+            size: self.deck(rng, self.n_values, size, self.n_keys) for size in value_sizes
+        }
         key_size = int(rng.choice(list(key_sizes))) if train else self.k_motif_size
         value_size = int(rng.choice(list(value_sizes)))
         probe, answer = key_decks[key_size].draw(rng), value_decks[value_size].draw(rng)
@@ -384,28 +411,6 @@ class _Pairs(NamedTuple):
     value_size: Numbers
     keys: Numbers
     values: Numbers
-
-
-class _Deck:
-    """All motifs of one size in shuffled order, listed by number only."""
-
-    def __init__(self, rng: np.random.Generator, tokens: int, size: int, first: int) -> None:
-        self.tokens, self.size, self.first = tokens, size, first
-        count = 1
-        for at in range(size):
-            count *= tokens - at
-        self.order = np.arange(count)
-        rng.shuffle(self.order)
-
-    def draw(self, rng: np.random.Generator) -> tuple[int, ...]:
-        """A uniform motif."""
-        number = int(self.order[rng.integers(0, len(self.order))])
-        digits = []
-        for at in reversed(range(self.size)):  # mixed radix, the last token fastest
-            number, digit = divmod(number, self.tokens - at)
-            digits.append(digit)
-        free = list(range(self.first, self.first + self.tokens))
-        return tuple(free.pop(digit) for digit in reversed(digits))
 
 
 def motifs(

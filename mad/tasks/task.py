@@ -117,6 +117,13 @@ def block_generator(task: Task, split: Split, seed: int, block: int) -> np.rando
     Philox4x64 with key = first 16 bytes of SHA-256(canonical options, seed, split) and the block
     number in the counter's highest word, so blocks and splits never share a stretch of the stream.
     """
+    key = np.frombuffer(stream_key(task, split, seed), dtype="<u8").astype(np.uint64)
+    counter = np.array([0, 0, 0, block], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def stream_key(task: Task, split: Split, seed: int) -> bytes:
+    """The 16 bytes that key the streams of a split."""
     if split not in get_args(Split):
         raise ConfigError(f"split {split!r} is unknown; choose one of {', '.join(get_args(Split))}")
     name = {
@@ -127,10 +134,7 @@ def block_generator(task: Task, split: Split, seed: int, block: int) -> np.rando
         "version": task.version,
     }
     canonical = json.dumps(name, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    digest = hashlib.sha256(canonical.encode("utf-8")).digest()
-    key = np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
-    counter = np.array([0, 0, 0, block], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return hashlib.sha256(canonical.encode("utf-8")).digest()[:16]
 
 
 def generate(
@@ -148,6 +152,8 @@ def generate(
     With `legacy`, rows come one after the other from `default_rng(seed)` as the published
     generators draw them, training rows first: the test rows continue the stream behind
     `train_rows` training rows and never restart it.
+
+    Arrays of equal content may be one and the same: copy before writing into one.
 
     >>> from mad.tasks.memorization import Memorization
     >>> task = Memorization(vocab_size=16, seq_len=8)
@@ -174,11 +180,11 @@ def generate(
         for block in range(first, last + 1)
     ]
     offset = start - first * BLOCK_ROWS
-    inputs, answers, dense = (
-        np.ascontiguousarray(np.concatenate(parts)[offset : offset + n])
-        for parts in zip(*blocks, strict=True)
+    if len(blocks) == 1:
+        return Rows(*(np.ascontiguousarray(part[offset : offset + n]) for part in blocks[0]))
+    return Rows(
+        *(np.concatenate(parts)[offset : offset + n] for parts in zip(*blocks, strict=True))
     )
-    return Rows(inputs, answers, dense)
 
 
 def generate_legacy(task: Task, n: int, rng: np.random.Generator, split: Split = "train") -> Rows:
