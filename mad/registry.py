@@ -26,10 +26,14 @@ from mad.layers.options import (
     Mamba2Options,
     MambaOptions,
     MLPOptions,
+    MLSTMOptions,
     MoEMLPOptions,
     MultiHeadHyenaOptions,
     RetNetOptions,
+    RWKV5TimeMixerOptions,
+    RWKV6TimeMixerOptions,
     RWKV7Options,
+    RWKVChannelMixerOptions,
     SwiGLUOptions,
 )
 from workbench.errors import ConfigError, unknown_name
@@ -173,6 +177,13 @@ LAYERS: dict[str, LayerSpec] = {  # order = order in reports
     "mamba": LayerSpec("mad.layers.mamba:Mamba", "Mb", "sequence", MambaOptions()),
     "mamba2": LayerSpec("mad.layers.mamba2:Mamba2", "Mb2", "sequence", Mamba2Options()),
     "retnet": LayerSpec("mad.layers.retnet:RetNet", "Rn", "sequence", RetNetOptions()),
+    "mlstm": LayerSpec("mad.layers.mlstm:MLSTM", "mL", "sequence", MLSTMOptions()),
+    "rwkv5-time-mixer": LayerSpec(
+        "mad.layers.rwkv:RWKV5TimeMixer", "R5", "sequence", RWKV5TimeMixerOptions()
+    ),
+    "rwkv6-time-mixer": LayerSpec(
+        "mad.layers.rwkv:RWKV6TimeMixer", "R6", "sequence", RWKV6TimeMixerOptions()
+    ),
     "deltanet": LayerSpec("mad.layers.delta:DeltaNet", "D", "sequence", DeltaNetOptions()),
     "gated-deltanet": LayerSpec(
         "mad.layers.delta:GatedDeltaNet", "gD", "sequence", DeltaNetOptions()
@@ -183,6 +194,12 @@ LAYERS: dict[str, LayerSpec] = {  # order = order in reports
     "rwkv7": LayerSpec("mad.layers.rwkv7:RWKV7TimeMixer", "R7", "sequence", RWKV7Options()),
     "mlp": LayerSpec("mad.layers.channel:MLP", "M", "channel", MLPOptions()),
     "swiglu": LayerSpec("mad.layers.channel:SwiGLU", "Sg", "channel", SwiGLUOptions()),
+    "rwkv5-channel-mixer": LayerSpec(
+        "mad.layers.rwkv:RWKV5ChannelMixer", "R5c", "channel", RWKVChannelMixerOptions()
+    ),
+    "rwkv6-channel-mixer": LayerSpec(
+        "mad.layers.rwkv:RWKV6ChannelMixer", "R6c", "channel", RWKVChannelMixerOptions()
+    ),
     "moe-mlp": LayerSpec("mad.layers.experts:MoEMLP", "MoE", "channel", MoEMLPOptions()),
 }
 
@@ -301,6 +318,11 @@ def parse_layer(text: str) -> LayerChoice:
         if key not in defaults:
             raise unknown_name(f"option of layer {name}", key, defaults)
         default = defaults[key]
+        if type(default) is float and type(value) in (int, str):  # 1e-5 is text to YAML
+            try:
+                given[key] = value = float(value)
+            except ValueError:
+                raise ConfigError(f"layer {text!r}: {key}={value!r} should be a number") from None
         if type(default) in (int, str, bool) and type(value) is not type(default):
             raise ConfigError(
                 f"layer {text!r}: {key}={value!r} should be of type {type(default).__name__}"

@@ -9,9 +9,10 @@ in two forms: `…_recurrent`, the equation in a loop, and `…_chunked`, where 
 become matrix products and a loop carries S over the chunks. [arXiv 2312.06635, §4]
 
 With G the running sum of g in a chunk, a pair i ≥ j weighs q_i k_j exp(G_i − G_j). `pairwise` takes
-that difference pair by pair, masked before exp: exact for any g. `factored` splits it at the middle
-of the chunk into two factors and is matrix products only; so that neither overflows, a step forgets
-at most `FORGET`: e^−20 is below the rounding of single precision, e^−42 below that of double.
+that difference pair by pair, masked before exp: exact for any g (steps are cut off where exp is
+zero anyway, so that sums keep their precision). `factored` splits it at the middle of the chunk
+into two factors and is matrix products only; so that neither overflows, a step forgets at most
+e^−20 in single precision and e^−42 in double, which is below their rounding.
 """
 
 from typing import Literal
@@ -23,7 +24,10 @@ from torch import Tensor, nn
 
 ChannelForm = Literal["pairwise", "factored"]
 
-FORGET = {torch.float32: -20.0, torch.float64: -42.0}
+FLOORS: dict[str, dict[torch.dtype, float]] = {
+    "factored": {torch.float32: -20.0, torch.float64: -42.0},
+    "pairwise": {torch.float32: -104.0, torch.float64: -746.0},
+}
 # Half a chunk of 8 forgets at most e^−80 in single precision, whose range ends at e^±87.
 FACTORED_STEPS = 8
 PAIRWISE_STEPS = 8
@@ -178,8 +182,7 @@ def _channel_decay_chunked(
 ) -> tuple[Tensor, Tensor]:
     length, steps = q.shape[2], PAIRWISE_STEPS if form == "pairwise" else FACTORED_STEPS
     steps = min(steps, length)
-    if form == "factored":
-        g = g.clamp_min(FORGET[g.dtype])
+    g = g.clamp_min(FLOORS[form][g.dtype])
     q, k, v, g = (_chunks(x, steps) for x in (q, k, v, g))  # padding: nothing added, all kept
     G = g.cumsum(dim=3)  # (B, H, C, c, f)
     read = G if bonus is None else G - g  # what a query sees has decayed this much

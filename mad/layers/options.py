@@ -312,3 +312,49 @@ class RWKV7Options:
     """Rank of the output gate."""
     chunk: int = 32
     """Tokens whose removals one triangular system yields; any length gives the same numbers."""
+
+
+@dataclass(frozen=True)
+class RWKV5TimeMixerOptions:
+    """RWKV 5: token shift, fixed decays per channel, a bonus for the present token."""
+
+    head_dim: int = 16
+    """Width of a head."""
+    divisor: float = 8.0
+    """What is read from the state is divided by this before its norm."""
+    form: Literal["factored", "pairwise"] = "factored"
+    """How a chunk is computed: matrix products only, or every pair's own decay."""
+
+
+@dataclass(frozen=True)
+class RWKV6TimeMixerOptions:
+    """RWKV 6: token shift and decays that follow the input."""
+
+    head_dim: int = 16
+    """Width of a head."""
+    mix_rank: int = 32
+    """Rank of the maps that correct the token shift."""
+    decay_rank: int = 64
+    """Rank of the map that makes the decays."""
+    form: Literal["factored", "pairwise"] = "pairwise"
+    """How a chunk is computed: matrix products only, or every pair's own decay."""
+
+
+@dataclass(frozen=True)
+class RWKVChannelMixerOptions:
+    """Gated perceptron with squared relu over a token and the one before it."""
+
+    hidden: int | None = None
+    """Hidden width; none means four times the width."""
+
+
+@dataclass(frozen=True)
+class MLSTMOptions:
+    """Matrix memory with exponential input gates."""
+
+    num_heads: int = 8
+    """Heads H; the width must be divisible by it."""
+    chunk: int = 32
+    """Steps that are computed together."""
+    norm_eps: float = 1e-5
+    """Added to the variance in the norm of each head."""
