@@ -318,6 +318,8 @@ def parse_layer(text: str) -> LayerChoice:
         if key not in defaults:
             raise unknown_name(f"option of layer {name}", key, defaults)
         default = defaults[key]
+        if value is None and type(default) is str:  # a choice may be called none
+            given[key] = value = "none"
         if type(default) is float and type(value) in (int, str):  # 1e-5 is text to YAML
             try:
                 given[key] = value = float(value)
