@@ -197,7 +197,7 @@ def damage(folder: Path, how: str) -> None:
     path = folder / "train" / "inputs-00000.npy"
     if how == "bit":
         raw = bytearray(path.read_bytes())
-        raw[-1] ^= 1
+        raw[-2] ^= 1  # still a token of the vocabulary
         path.write_bytes(raw)
     elif how == "cut":
         path.write_bytes(path.read_bytes()[:-10])
