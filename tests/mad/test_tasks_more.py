@@ -210,6 +210,7 @@ def test_motifs_are_uniform_over_ordered_choices():
     drawn = motifs(np.random.default_rng(0), (24_000,), 3, 4)
     counts = np.unique(drawn, axis=0, return_counts=True)[1]
     assert len(counts) == 24
+    assert all(len(set(motif)) == 3 for motif in drawn[:500].tolist())
     assert ((counts - 1000) ** 2 / 1000).sum() < 60  # chi-square, 23 degrees: p = 4e-5
 
 
@@ -217,6 +218,7 @@ def test_distinct_is_uniform_over_ordered_choices():
     drawn = distinct(np.random.default_rng(0), 20_000, 2, 5)
     counts = np.unique(drawn, axis=0, return_counts=True)[1]
     assert len(counts) == 20
+    assert (drawn[:, 0] != drawn[:, 1]).all()
     assert ((counts - 1000) ** 2 / 1000).sum() < 53  # 19 degrees: p = 5e-5
 
 
