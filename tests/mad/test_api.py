@@ -64,8 +64,7 @@ import importlib, sys
 assert type(train).__name__ == "function" and train.__module__ == "mad.api", train
 module = importlib.import_module("mad.train")
 assert module is sys.modules["mad.train"] and callable(module.main) and module.EXPERIMENT
-from mad import *
-assert train.__module__ == "mad.api"
+assert "torch" not in sys.modules, "a name costs nothing before it is called"
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=child_environment(), capture_output=True,
@@ -81,6 +80,7 @@ def test_a_script_is_still_a_module():
     mad.something = 1  # other names are as in any module
     assert mad.something == 1
     del mad.something
+    assert {name: getattr(mad, name) for name in mad.__all__}["train"] is mad.train
 
 
 # ---------------------------------------------------------------- configuration
