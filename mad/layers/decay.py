@@ -8,11 +8,15 @@ Axes:  batch B, heads H, time L, features f of keys and queries, head e of value
 in two forms: `…_recurrent`, the equation in a loop, and `…_chunked`, where the steps of a chunk
 become matrix products and a loop carries S over the chunks. [arXiv 2312.06635, §4]
 
-With G the running sum of g in a chunk, a pair i ≥ j weighs q_i k_j exp(G_i − G_j). `pairwise` takes
-that difference pair by pair, masked before exp: exact for any g (steps are cut off where exp is
-zero anyway, so that sums keep their precision). `factored` splits it at the middle of the chunk
-into two factors and is matrix products only; so that neither overflows, a step forgets at most
-e^−20 in single precision and e^−42 in double, which is below their rounding.
+A pair i > j weighs q_i k_j exp(g_{j+1} + … + g_i). That sum splits into one from j to some border
+and one from the border to i, so that a chunk is matrix products:
+
+    halved    a chunk is halved again and again, and keys of a first half meet queries of the second
+              at the border between them: no exponent is ever positive, no difference of sums is
+              taken, and nothing overflows or cancels whatever g is, −∞ included
+    factored  one border for all, at the middle of a short chunk: less work, but exponents of both
+              signs; so that none overflows, a step forgets at most e^−20 in single precision and
+              e^−42 in double, which is below their rounding
 """
 
 from typing import Literal
@@ -22,15 +26,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-ChannelForm = Literal["pairwise", "factored"]
+ChannelForm = Literal["factored", "halved"]
 
-FLOORS: dict[str, dict[torch.dtype, float]] = {
-    "factored": {torch.float32: -20.0, torch.float64: -42.0},
-    "pairwise": {torch.float32: -104.0, torch.float64: -746.0},
-}
-# Half a chunk of 8 forgets at most e^−80 in single precision, whose range ends at e^±87.
-FACTORED_STEPS = 8
-PAIRWISE_STEPS = 8
+# Steps of a chunk, powers of two. Half a factored one forgets e^−80, near the end of the range.
+CHUNK_STEPS = {"factored": 8, "halved": 16}
+LARGEST_LOSS = {torch.float32: -20.0, torch.float64: -42.0}
 
 
 # ---------------------------------------------------------------- shared parts
@@ -160,47 +160,71 @@ def channel_decay_chunked(
     q: Float[Tensor, "batch heads time features"],
     k: Float[Tensor, "batch heads time features"],
     v: Float[Tensor, "batch heads time head"],
-    g: Float[Tensor, "batch heads time features"],
+    g: Float[Tensor, "#batch heads time features"],
     bonus: Float[Tensor, "heads features"] | None = None,
     state: Float[Tensor, "batch heads features head"] | None = None,
-    form: ChannelForm = "factored",
+    form: ChannelForm = "halved",
 ) -> tuple[Float[Tensor, "batch heads time head"], Float[Tensor, "batch heads features head"]]:
     """Outputs and the last state, a chunk at a time, in single precision or finer."""
     q, k, v, g = at_least_float32(q, k, v, g)
     with no_autocast(q):
-        return _channel_decay_chunked(q, k, v, g, bonus, state, form)
+        length = q.shape[2]
+        steps = min(CHUNK_STEPS[form], 1 << (length - 1).bit_length())
+        inside_chunks = _factored if form == "factored" else _halved
+        q, k, v, g = (_chunks(x, steps) for x in (q, k, v, g))  # padding: adds 0 and keeps all
+        inside, entered, left, whole = inside_chunks(q, k, v, g, bonus)
+        added = (k * left.exp()).transpose(-1, -2) @ v
+        before, state = _carry(_first(state, k, v), whole.exp(), added)
+        across = (q * entered.exp()) @ before
+        return (inside + across).flatten(2, 3)[:, :, :length], state
 
 
-def _channel_decay_chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    bonus: Tensor | None,
-    state: Tensor | None,
-    form: ChannelForm,
-) -> tuple[Tensor, Tensor]:
-    length, steps = q.shape[2], PAIRWISE_STEPS if form == "pairwise" else FACTORED_STEPS
-    steps = min(steps, length)
-    g = g.clamp_min(FLOORS[form][g.dtype])
-    q, k, v, g = (_chunks(x, steps) for x in (q, k, v, g))  # padding: nothing added, all kept
-    G = g.cumsum(dim=3)  # (B, H, C, c, f)
-    read = G if bonus is None else G - g  # what a query sees has decayed this much
+def _factored(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, bonus: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `_halved` returns, with one border at the middle of the chunk."""
+    steps = q.shape[3]
+    g = g.clamp_min(LARGEST_LOSS[g.dtype])
+    total = g.cumsum(dim=3)  # (B, H, C, c, f)
+    entered = total if bonus is None else total - g
+    middle = total[:, :, :, steps // 2 : steps // 2 + 1]
+    scores = (q * (entered - middle).exp()) @ (k * (middle - total).exp()).transpose(-1, -2)
     until = 0 if bonus is None else -1  # a query sees keys up to itself, or before itself
     mask = torch.ones(steps, steps, dtype=torch.bool, device=q.device).tril(until)
-    if form == "pairwise":
-        gaps = read.unsqueeze(4) - G.unsqueeze(3)  # (B, H, C, i, j, f)
-        weights = gaps.masked_fill(~mask[..., None], -torch.inf).exp()
-        scores = torch.einsum("bhcif,bhcijf,bhcjf->bhcij", q, weights, k)
-    else:
-        middle = G[:, :, :, steps // 2 : steps // 2 + 1]
-        scores = (q * (read - middle).exp()) @ (k * (middle - G).exp()).transpose(-1, -2)
-        scores = scores.masked_fill(~mask, 0)
-    inside = scores @ v
+    out = scores.masked_fill(~mask, 0) @ v
     if bonus is not None:
-        inside = inside + (q * bonus[:, None, None] * k).sum(-1, keepdim=True) * v
-    end = G[:, :, :, -1]  # (B, H, C, f)
-    added = (k * (end.unsqueeze(3) - G).exp()).transpose(-1, -2) @ v
-    before, state = _carry(_first(state, k, v), end.exp(), added)
-    across = (q * read.exp()) @ before
-    return (inside + across).flatten(2, 3)[:, :, :length], state
+        out = out + (q * k * bonus[:, None, None]).sum(-1, keepdim=True) * v
+    whole = total[:, :, :, -1:]
+    return out, entered, whole - total, whole.squeeze(3)
+
+
+def _halved(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, bonus: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What queries read from keys of their own chunk, (B, H, C, c, e), and the sums of g.
+
+    From the start of the chunk to a query, from a key to the end, and over the whole chunk.
+    """
+    steps = q.shape[3]
+    own = q * k if bonus is None else q * k * bonus[:, None, None]
+    # blocks of 1, 2, 4, … steps: (B, H, C, blocks, steps of a block, ·)
+    out = (own.sum(-1, keepdim=True) * v).unsqueeze(4)
+    entered = (g if bonus is None else torch.zeros_like(g)).unsqueeze(4)
+    left, whole = torch.zeros_like(entered), g.unsqueeze(4)
+    size = 1
+    while size < steps:
+        pairs = (x.unflatten(3, (-1, 2)).unbind(4) for x in (out, entered, left, whole))
+        (out_a, out_b), (entered_a, entered_b), (left_a, left_b), (whole_a, whole_b) = pairs
+        q_b = q.unflatten(3, (-1, 2, size))[:, :, :, :, 1] * entered_b.exp()
+        k_a = k.unflatten(3, (-1, 2, size))[:, :, :, :, 0] * left_a.exp()
+        v_a = v.unflatten(3, (-1, 2, size))[:, :, :, :, 0]
+        if size == 1:  # the product of one query and one key is a sum
+            read = (q_b * k_a).sum(-1, keepdim=True) * v_a
+        else:
+            read = (q_b @ k_a.transpose(-1, -2)) @ v_a
+        out = torch.cat([out_a, out_b + read], dim=4)
+        entered = torch.cat([entered_a, entered_b + whole_a], dim=4)
+        left = torch.cat([left_a + whole_b, left_b], dim=4)
+        whole = whole_a + whole_b
+        size *= 2
+    return out.squeeze(3), entered.squeeze(3), left.squeeze(3), whole.flatten(3)

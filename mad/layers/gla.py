@@ -35,7 +35,7 @@ class GatedLinearAttention(Layer):
         gate_divisor: float = 16.0,
         clamp_min: float | None = None,
         norm_eps: float = 1e-5,
-        form: Literal["factored", "pairwise"] = "factored",
+        form: Literal["factored", "halved"] = "factored",
     ) -> None:
         super().__init__()
         self.head = head_width(width, num_heads, "gated-linear-attention")

@@ -256,8 +256,8 @@ class GatedLinearAttentionOptions:
     """Lower bound of the log of a gate; none means none."""
     norm_eps: float = 1e-5
     """Added to the mean square in the norm of each head."""
-    form: Literal["factored", "pairwise"] = "factored"
-    """How a chunk is computed: matrix products only, or every pair's own decay."""
+    form: Literal["factored", "halved"] = "factored"
+    """How a chunk is computed: split at its middle, or exactly for any decay."""
 
 
 @dataclass(frozen=True)
@@ -322,8 +322,8 @@ class RWKV5TimeMixerOptions:
     """Width of a head."""
     divisor: float = 8.0
     """What is read from the state is divided by this before its norm."""
-    form: Literal["factored", "pairwise"] = "factored"
-    """How a chunk is computed: matrix products only, or every pair's own decay."""
+    form: Literal["factored", "halved"] = "factored"
+    """How a chunk is computed: split at its middle, or exactly for any decay."""
 
 
 @dataclass(frozen=True)
@@ -336,8 +336,8 @@ class RWKV6TimeMixerOptions:
     """Rank of the maps that correct the token shift."""
     decay_rank: int = 64
     """Rank of the map that makes the decays."""
-    form: Literal["factored", "pairwise"] = "pairwise"
-    """How a chunk is computed: matrix products only, or every pair's own decay."""
+    form: Literal["factored", "halved"] = "halved"
+    """How a chunk is computed: split at its middle, or exactly for any decay."""
 
 
 @dataclass(frozen=True)

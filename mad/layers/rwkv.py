@@ -177,7 +177,7 @@ class RWKV6TimeMixer(_TimeMixer):
         head_dim: int = 16,
         mix_rank: int = 32,
         decay_rank: int = 64,
-        form: ChannelForm = "pairwise",
+        form: ChannelForm = "halved",
         layer_id: int = 0,
         n_layers: int = 1,
     ) -> None:
