@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, DataError
 
 EMISSIONS = ("lens", "affine", "last_block")
 """How the token of an exited position is made."""
@@ -122,6 +122,7 @@ class Exits(nn.Module):
 
         Raises:
             ConfigError: missing, unexpected or misshapen names (the first five).
+            DataError: a tensor of whole numbers, or with a value that is not finite.
         """
         own = self.tensors()
         missing = [n for n in own if n not in tensors]
@@ -132,6 +133,13 @@ class Exits(nn.Module):
                 f"{where}: does not fit exits {list(self.exits)} with emission {self.emission}: "
                 f"missing {missing[:5]}, unexpected {extra[:5]}, other shape {wrong[:5]}"
             )
+        for name in own:
+            given = tensors[name]
+            if not given.is_floating_point() or not bool(torch.isfinite(given).all()):
+                raise DataError(
+                    f"{where}: {name} is {given.dtype}, expected finite floating-point numbers; "
+                    "restore a copy or train the exits anew"
+                )
         with torch.no_grad():
             for name, value in own.items():
                 value.copy_(tensors[name])  # `value` shares memory with the parameter

@@ -94,6 +94,11 @@ def load_exits(
     layers = check_exits(config["exits"], adapter.n_layers)
     exits = Exits(layers, adapter.gate_width, adapter.width, config["emission"])
     exits.load(storage.read_safetensors(folder / TENSORS), str(folder / TENSORS))
+    if config.get("tensors_sha256", found := storage.sha256(folder / TENSORS)) != found:
+        raise DataError(
+            f"{folder / TENSORS}: altered, its SHA-256 is not the one in {CONFIG}; restore a copy "
+            "or train the exits anew"
+        )
     exits.to(adapter.device).requires_grad_(False)
     return exits, config
 
@@ -160,8 +165,8 @@ class EarlyExitModel:
     def save_exits(self, folder: Path | str) -> Path:
         """Write `exits.safetensors` and `exit_config.json`."""
         folder = Path(folder)
-        storage.write_safetensors(folder / TENSORS, self.exits.tensors())
-        storage.write_json(folder / CONFIG, self.config)
+        file = storage.write_safetensors(folder / TENSORS, self.exits.tensors())
+        storage.write_json(folder / CONFIG, self.config | {"tensors_sha256": storage.sha256(file)})
         return folder
 
     def engine(self, **settings: Any) -> Engine:

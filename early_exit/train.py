@@ -80,6 +80,7 @@ def train_exits(
     from early_exit.fitting import fit_gates, fit_translators
     from early_exit.heads import Exits, check_exits, default_exits
     from early_exit.model import CONFIG, TENSORS, exit_config
+    from workbench.storage import sha256
 
     layers = check_exits(experiment.exits or default_exits(adapter.n_layers), adapter.n_layers)
     exits = Exits(layers, adapter.gate_width, adapter.width, experiment.emission).to(adapter.device)
@@ -125,8 +126,8 @@ def train_exits(
             "seed": experiment.seed,
         },
     )
-    run.save_tensors(TENSORS, exits.tensors(), metadata={"format": "pt"})
-    run.save_json(CONFIG, config)
+    file = run.save_tensors(TENSORS, exits.tensors(), metadata={"format": "pt"})
+    run.save_json(CONFIG, config | {"tensors_sha256": sha256(file)})
     return exits, config
 
 

@@ -35,8 +35,6 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill"
 OLD_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 """Constants that older checkpoints store and today's classes compute."""
 
-MAX_HEADER_BYTES = 64 * 2**20
-
 
 def built_in_names() -> list[str]:
     """Names of the models shipped with the repository."""
@@ -198,7 +196,7 @@ def check_safetensors(path: Path) -> dict[str, Any]:
     with open(path, "rb") as handle:
         start = handle.read(8)
         length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        if len(start) < 8 or length > min(size - 8, storage.MAX_HEADER_BYTES):
             raise DataError(
                 f"{path}: truncated or no safetensors file: {size} bytes, its first eight announce "
                 f"a header of {length}; copy or download it again"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_JSON_BYTES = 256 * 2**20
+MAX_HEADER_BYTES = 16 * 2**20  # of a safetensors file: more than 100 000 tensors
 MANIFEST = "tree.json"
 TENSORS = "tensors.safetensors"
 
@@ -219,6 +220,13 @@ def read_safetensors(path: Path | str) -> dict[str, torch.Tensor]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
+    with open(path, "rb") as handle:
+        announced = int.from_bytes(handle.read(8), "little")
+    if MAX_HEADER_BYTES < announced < path.stat().st_size:
+        raise DataError(
+            f"{path}: not a complete safetensors file we would read: a header of {announced} bytes "
+            f"(at most {MAX_HEADER_BYTES})"
+        )
     try:
         return load_file(str(path))
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
