@@ -215,7 +215,7 @@ def linear_attention_chunked(
 def prefers_chunks(length: int, features: int, head: int, chunk: int) -> bool:
     """Whether chunks need fewer multiplications than the one masked product."""
     whole = length * (features + head)
-    return length > chunk and chunk * (features + head) + 2 * features * head < whole
+    return chunk * (features + head) + 2 * features * head < whole
 
 
 class LinearAttention(Layer):

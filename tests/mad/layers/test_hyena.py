@@ -151,6 +151,14 @@ def test_montel_keeps_the_poles_in_the_disc():
     assert a.any()
 
 
+@pytest.mark.parametrize(("init", "bound"), [("montel", 1 / 5), ("xavier", 1 / 5), ("zero", 0)])
+def test_coefficients_start_within_their_bounds(init, bound):
+    filters = RTFFilter(400, 5, 16, init=init)  # √(6/(5 + 1)) = 1
+    for part in (filters.poles, filters.zeros):
+        assert part.abs().max() <= bound
+        assert part.abs().max() >= 0.95 * bound
+
+
 def test_shared_denominators(forms):
     filters = rational(6, 2, 12, 1, denominators=3)
     assert filters.poles.shape == (3, 2)

@@ -105,16 +105,26 @@ def test_auto_takes_the_chunks_for_long_rows(forms, monkeypatch):
 
 
 def test_sum_normaliser_is_the_published_quotient(forms):
-    layer = forms.make("linear-attention,feature_map=elu,normalize=sum,norm_q=true").double()
+    layer = forms.make("linear-attention,feature_map=elu,normalize=sum,norm_k=true").double()
     x = forms.noise(1, 6, 16)
     q, k, v = layer.qkv(x)[0].chunk(3, dim=-1)
-    phi = torch.nn.functional.elu(q) + 1
-    q, k = phi / (phi.sum(-1, keepdim=True) + 1e-4), torch.nn.functional.elu(k) + 1
+    phi = torch.nn.functional.elu(k) + 1  # a norm of q would cancel in the quotient
+    k, q = phi / (phi.sum(-1, keepdim=True) + 1e-4), torch.nn.functional.elu(q) + 1
     rows = []
     for i in range(6):
         weights = k[: i + 1] @ q[i]
         rows.append(weights @ v[: i + 1] / (weights.sum() + 1e-12))
     torch.testing.assert_close(layer(x)[0], layer.out(torch.stack(rows)), rtol=1e-9, atol=1e-12)
+
+
+def test_feature_norms_divide_by_the_sum(forms):
+    plain, normed = (
+        forms.make(f"linear-attention,feature_map=elu{options}").double()
+        for options in ("", ",norm_q=true,norm_k=true")
+    )
+    x = forms.noise(1, 3, 16)
+    for before, after in zip(plain._features(x)[:2], normed._features(x)[:2], strict=True):
+        torch.testing.assert_close(after, before / (before.sum(-1, keepdim=True) + 1e-4))
 
 
 def test_a_tied_map_serves_keys_too(forms):
