@@ -33,8 +33,9 @@ class Job:
     config: Path
     folder: Path
 
-    def run(self, **fault: Any) -> dict[str, Any]:
+    def run(self, *more: str, **fault: Any) -> dict[str, Any]:
         arguments = ["--config", str(self.config), "--root", str(self.folder), "--threads", "1"]
+        arguments += more
         module = JOBS[self.config]
         return self.warm.run(module, arguments, self.folder.with_name("cwd"), **fault)
 

@@ -99,6 +99,38 @@ def hessians(value: str) -> None:
     hessian.collect_hessians = collect_hessians
 
 
+def tracker(bad: str, how: str) -> None:
+    """A wandb whose call `bad` raises or hangs."""
+    import sys
+    import threading
+    import types
+
+    module: Any = types.ModuleType("wandb")
+
+    def call(name: str) -> Any:
+        def act(*arguments: Any, **options: Any) -> Any:
+            if name == bad and how == "raises":
+                raise ConnectionError(f"{name} failed")
+            if name == bad and how == "hangs":
+                threading.Event().wait(60)
+            return module
+
+        return act
+
+    for name in ("init", "log", "finish"):
+        setattr(module, name, call(name))
+    sys.modules["wandb"] = module
+
+
+def small_files(limit: int) -> None:
+    """No file of this process can grow beyond `limit` bytes, as on a full disk or quota."""
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
 def features(value: str) -> None:
     """One entry of the features that the adaptors learn from."""
     from sdm import estimator
