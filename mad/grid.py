@@ -120,7 +120,7 @@ def preset_named(name: str) -> Preset:
     if name == "mini":
         return Preset(
             tuple(parse_setting(text) for text in MINI),
-            lrs=(2e-3, 5e-3),
+            lrs=(5e-3,),
             weight_decays=(0.0,),
             dim=64,
             batch_size=64,
