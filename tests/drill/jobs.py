@@ -54,6 +54,8 @@ def stop(job: Job, fault: str, within: str, at: int) -> str:
     assert "struck" in done, f"never came to {where}"
     assert done["stopping_seconds"] <= 5, where
     assert "Traceback" not in done["stderr"], where
+    begun = [label for label in done["later"] if label.startswith(("step", "unit", "progress"))]
+    assert len(begun) <= 1, f"went on with {begun} after {where}"
     if done["status"] == 0:  # the results were being written: then they are whole
         assert done["label"] in ("finish", "set-up"), where
         assert job.fingerprints(), where

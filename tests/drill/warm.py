@@ -51,6 +51,7 @@ class Trial:
         self.count = 0
         self.label, self.active = "set-up", True
         self.network: list[str] = []
+        self.later: list[str] = []  # what was begun after a signal had come
 
     def event(self, path: str = "") -> None:
         """One more; perhaps the last."""
@@ -73,6 +74,8 @@ class Trial:
     def doing(self, label: str) -> Iterator[None]:
         """Events inside are counted under `label`; one is at the start."""
         before, self.label = self.label, label
+        if 0 < self.strike_at <= self.count:
+            self.later.append(label)
         try:
             self.event()
             yield
@@ -168,13 +171,21 @@ def run_trial(request: dict[str, Any], descriptor: int) -> int:
     for name, arguments in request["prepare"]:
         place, _, function = name.partition(":")
         getattr(importlib.import_module(place), function)(*arguments)
+    status = CRASHED
     try:
         cli(module.main, module.EXPERIMENT, sweep=getattr(module, "SWEEP", None))
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 0
     trial.active = False
     sys.stderr.flush()
-    tell({"labels": trial.labels, "network": trial.network, "modules": sorted(sys.modules)})
+    tell(
+        {
+            "labels": trial.labels,
+            "network": trial.network,
+            "later": trial.later,
+            "modules": sorted(sys.modules),
+        }
+    )
     return status
 
 
