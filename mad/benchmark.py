@@ -18,6 +18,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from mad.grid import (
@@ -86,6 +87,8 @@ class Experiment:
     """Passes over the training rows."""
     num_test_examples: int | None = None
     """Rows of the test split, and of the validation split."""
+    zenodo: Path | None = None
+    """Folder of the published data sets: train and test rows from there instead of drawn ones."""
     protocol: Literal["lab", "mad-code", "mad-paper"] = "lab"
     """Betas, schedule, clipping and which weights are scored."""
     executor: Literal["serial", "process", "ray"] = "process"
@@ -169,6 +172,7 @@ def jobs_of(experiment: Experiment) -> list[Job]:
         **{name: getattr(experiment, name) or getattr(preset, name) for name in shared},
         **preset.training,
         protocol=experiment.protocol,
+        zenodo=experiment.zenodo,
         run=replace(experiment.run, name=None, wandb=False, fresh=False),
     )
     jobs = make_jobs(

@@ -534,6 +534,11 @@ def check(experiments: Sequence[Experiment]) -> None:
                     f"experiment {index} has {name}={getattr(one, name)!r}, the first one "
                     f"{getattr(first, name)!r}; a stack shares {', '.join(SHARED)}: make two stacks"
                 )
+        if one.zenodo is not None:
+            raise ConfigError(
+                f"experiment {index} reads published rows (zenodo={one.zenodo}); a stack draws its "
+                "own: make such runs one by one"
+            )
         task, n_train = build_task(one.task, task_options(one))
         own = type(task).__name__, task.vocab_size, task.length, n_train
         shape = shape or own

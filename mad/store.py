@@ -118,6 +118,10 @@ def parse(path: Path | str) -> dict[str, Any]:
     return fields | ({"key": key} if key else {})
 
 
+PUBLISHED_SEED = 12345
+"""Seed in the names of the published data sets."""
+
+
 # ---------------------------------------------------------------- what a data set is
 
 

@@ -1,7 +1,7 @@
 """Train one stack of layers on one synthetic task and score it.   [arXiv 2403.17844, MAD]
 
     python -m mad.train --task in-context-recall --layers mh-attention swiglu mh-attention swiglu
-    python -m mad.train --config configs/mad/tiny.yaml
+    python -m mad.train --config configs/mad/train.tiny.yaml
     python -m mad.train --task memorization --layers mh-hyena mlp mh-hyena mlp --epochs 20
 
 Task options that are not given take the task's published baseline; given ones win. What a task has
@@ -15,8 +15,10 @@ than a second, so there are no `--num-data-workers`.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mad import report
@@ -28,7 +30,7 @@ from mad.registry import (
     parse_layer,
     stack_name,
 )
-from mad.tasks.task import Split, Task, generate
+from mad.tasks.task import Rows, Split, Task, generate
 from workbench.cli import RunField, RunOptions, cli
 from workbench.errors import ConfigError
 from workbench.run import Run
@@ -82,6 +84,8 @@ class Experiment:
     """Training rows."""
     num_test_examples: int = 1280
     """Rows of the test split, and of the validation split."""
+    zenodo: Path | None = None
+    """Folder of the published data sets: train and test rows from there, validation drawn here."""
 
     dim: int = 128
     """Width of the model."""
@@ -158,6 +162,11 @@ class Experiment:
             raise ConfigError(
                 f"plateau_factor={self.plateau_factor} and plateau_patience="
                 f"{self.plateau_patience}: expected a factor between 0 and 1 and a patience from 0"
+            )
+        if self.zenodo is not None and self.train_targets != "dense":
+            raise ConfigError(
+                "the published data sets hold dense training targets only: leave --train-targets "
+                "as it is, or draw the rows (no --zenodo)"
             )
         if self.target_ignore_index != -100:
             raise ConfigError(
@@ -275,6 +284,37 @@ def main(experiment: Experiment) -> dict[str, Any]:
         return fit(run, experiment, model)
 
 
+def draw_splits(run: Run, experiment: Experiment, task: Task, n_train: int) -> dict[Split, Rows]:
+    """The rows of every split: drawn from the run's seed, or the published ones.
+
+    The published data sets have no validation split; it is drawn, from a stream of its own.
+
+    Raises:
+        DataError: a published array is missing, damaged or of another shape or vocabulary.
+    """
+    seed, some = run.streams.integer("data"), experiment.num_test_examples
+    if experiment.zenodo is None:
+        sizes: dict[Split, int] = {"train": n_train, "val": some, "test": some}
+        return {split: generate(task, n, split, seed) for split, n in sizes.items()}
+    import numpy as np
+
+    from mad.store import PUBLISHED_SEED, DataSet, load_published, verify_published
+
+    published = DataSet(experiment.task, task, n_train, some, PUBLISHED_SEED)
+    digests = verify_published(experiment.zenodo, published)
+    text = " ".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
+    run.require_same("data", hashlib.sha256(text.encode()).hexdigest())
+    run.note(f"train and test rows of {experiment.zenodo / published.published_name}")
+    splits: tuple[Split, ...] = ("train", "test")
+    rows = {
+        split: Rows(
+            *(np.array(part) for part in load_published(experiment.zenodo, published, split))
+        )
+        for split in splits
+    }
+    return {"train": rows["train"], "val": generate(task, some, "val", seed), "test": rows["test"]}
+
+
 def fit(run: Run, experiment: Experiment, model: nn.Module) -> dict[str, Any]:
     """Train `model` inside an open run, score it, write the report; returns the results."""
     import torch
@@ -290,13 +330,12 @@ def fit(run: Run, experiment: Experiment, model: nn.Module) -> dict[str, Any]:
     task, n_train = build_task(experiment.task, task_options(experiment))
     run.note(f"{task}, {n_train} training rows; {experiment.stack}")
 
-    sizes: dict[Split, int] = dict.fromkeys(("val", "test"), experiment.num_test_examples)
-    data = {
+    data: dict[Split, tuple[Tensor, ...]] = {
         split: tuple(
             torch.from_numpy(part).to(device, torch.int32)  # the whole split stays resident
-            for part in generate(task, n, split, run.streams.integer("data"))
+            for part in rows
         )
-        for split, n in {"train": n_train, **sizes}.items()
+        for split, rows in draw_splits(run, experiment, task, n_train).items()
     }
     inputs, answers, dense = data["train"]
     targets = dense if experiment.train_targets == "dense" else answers

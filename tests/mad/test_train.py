@@ -12,7 +12,7 @@ import torch
 from mad import compare
 from mad.model import LanguageModel, account, build_model
 from mad.protocols import PROTOCOLS, build_optimizer, build_schedule
-from workbench.errors import ConfigError, DivergedError
+from workbench.errors import ConfigError, DataError, DivergedError
 from workbench.run import RunOptions
 from workbench.storage import read_safetensors
 from workbench.tables import read_csv, read_published
@@ -353,3 +353,62 @@ def test_stacks_may_be_named(tmp_path):
     (folder,) = tmp_path.glob("mad/compare-*")
     rows = read_csv(folder / "figures/comparison.csv")
     assert [row["layers"] for row in rows] == ["mlp mlp", "mlp"]
+
+
+# ---------------------------------------------------------------- published rows
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder as the published data sets come: dense training targets, answers for the test."""
+    from mad.registry import build_task
+    from mad.store import PUBLISHED_SEED, DataSet
+    from mad.tasks.task import generate_splits
+
+    options = {"vocab_size": 8, "seq_len": 8, "num_train_examples": 60}
+    experiment = replace(TINY, task="in-context-recall", **options, evaluate_every=20, epochs=2)
+    task, n_train = build_task("in-context-recall", options)
+    data = DataSet("in-context-recall", task, n_train, 40, PUBLISHED_SEED)
+    rows = generate_splits(task, data.sizes, 7, legacy=True)
+    for split, targets in (("train", rows["train"].dense), ("test", rows["test"].answers)):
+        folder = tmp_path / "zenodo" / data.published_name / split
+        folder.mkdir(parents=True)
+        np.save(folder / "inputs.npy", rows[split].inputs)
+        np.save(folder / "targets.npy", targets)
+    return replace(experiment, zenodo=tmp_path / "zenodo"), rows
+
+
+def test_published_rows_are_trained_on_and_scored(published, tmp_path, monkeypatch):
+    experiment, rows = published
+    seen = {}
+    score = train.score_run
+
+    def spy(experiment, task, model, progress, data):
+        seen.update(data)
+        return score(experiment, task, model, progress, data)
+
+    monkeypatch.setattr(train, "score_run", spy)
+    results = train.main(at(tmp_path, experiment))
+    assert results["n_rows"] == 40
+    np.testing.assert_array_equal(seen["train"][0].numpy(), rows["train"].inputs)
+    np.testing.assert_array_equal(seen["train"][2].numpy(), rows["train"].dense)
+    np.testing.assert_array_equal(seen["test"][1].numpy(), rows["test"].answers)
+    drawn = {row.tobytes() for row in rows["train"].inputs}
+    assert not all(row.astype(np.int64).tobytes() in drawn for row in seen["val"][0].numpy())
+
+
+def test_published_rows_that_change_or_are_missing_stop_the_run(published, tmp_path):
+    experiment, _ = published
+    train.main(at(tmp_path, experiment))
+    (folder,) = tmp_path.glob("mad/train-*")
+    (folder / "results.json").unlink()
+    (path,) = tmp_path.glob("zenodo/*/test/inputs.npy")
+    changed = np.load(path)
+    changed[0, 0] = (changed[0, 0] + 1) % 4
+    np.save(path, changed)
+    with pytest.raises(ConfigError, match="data has changed since this run began"):
+        train.main(at(tmp_path, experiment))
+    with pytest.raises(DataError, match="no such published data set"):
+        train.main(at(tmp_path, experiment, vocab_size=10))
+    with pytest.raises(ConfigError, match="dense training targets only"):
+        replace(experiment, train_targets="answers")
