@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.conftest import ROOT, child_environment
 from tests.drill.jobs import Job
@@ -22,16 +25,23 @@ def warm() -> Iterator[Warm]:
 
 @pytest.fixture(scope="session")
 def whole(warm, tmp_path_factory):
-    """What a job gives when nothing happens: (fingerprints, seconds, labels of its events)."""
-    known: dict[Path, tuple[dict[str, str], float, list[str]]] = {}
+    """What a job gives when nothing happens: (fingerprints, seconds, labels of its events).
 
-    def of(config: Path):
-        if config not in known:
-            job = Job(warm, config, tmp_path_factory.mktemp("whole") / "runs")
-            done = job.run()
-            assert done["status"] == 0, done["stderr"]
-            assert not done["network"], done["network"]
-            known[config] = job.fingerprints(), done["seconds"], done["labels"]
-        return known[config]
+    Made once for all test workers.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def of(config: Path) -> tuple[dict[str, str], float, list[str]]:
+        known = shared / f"whole-{config.parent.name}-{config.stem}.json"
+        with FileLock(known.with_suffix(".lock")):
+            if not known.exists():
+                job = Job(warm, config, tmp_path_factory.mktemp("whole") / "runs")
+                done = job.run()
+                assert done["status"] == 0, done["stderr"]
+                assert not done["network"], done["network"]
+                found = [job.fingerprints(), done["seconds"], done["labels"]]
+                known.write_text(json.dumps(found), encoding="utf-8")
+            return tuple(json.loads(known.read_text(encoding="utf-8")))
 
     return of
