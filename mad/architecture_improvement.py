@@ -1,7 +1,7 @@
 """Improve an architecture step by step and benchmark each step.   [arXiv 2403.17844, MAD]
 
     python -m mad.architecture_improvement --dry-run
-    python -m mad.architecture_improvement --preset mini --dim 64
+    python -m mad.architecture_improvement --config configs/mad/architecture_improvement.mini.yaml
     python -m mad.architecture_improvement --stacks "one: mlp mlp" "two: mh-hyena mlp"
 
 Without --stacks the published steps: Hyena, more heads, attention in every second mixer, experts.
