@@ -2,13 +2,19 @@
 
     python -m mad.benchmark --layers mh-attention swiglu mh-attention swiglu --dry-run
     python -m mad.benchmark --config configs/mad/benchmark.mini.yaml
-    python -m mad.benchmark --stacks "A: mh-attention mlp" "H: mh-hyena mlp" --only-task copying
+    python -m mad.benchmark --stacks "A: mh-attention mlp" "H: hyena mlp" --only-task memorization
     python -m mad.benchmark --layers mh-hyena swiglu mh-hyena swiglu --shard 1/4
 
 Each run is one of mad.train, found again by its settings: the same command continues after any
 stop, several processes or machines with one --root share the work, and a run that fails costs only
 itself (it is listed, and the exit status is 1). After all shards, the command without --shard makes
 the scores. Data that are not there are drawn.
+
+Flags of the published script and what they are here: `--logs-path` is `--root`, `--precision` is
+`--dtype`; `--cpus`, `--num-cpus-trial` and `--num-trials-gpu` set `--workers` and `--threads`.
+`--data-path` is `--zenodo` for the published rows, else rows are drawn in the processes themselves,
+so there are no `--num-data-workers`. Metrics and weights of every run are kept (`--log-to-csv`,
+`--save-checkpoints`). Ray takes its folder from RAY_TMPDIR (`--ray-tmp-path`).
 """
 
 from __future__ import annotations
@@ -43,6 +49,7 @@ from mad.scores import (
     read_outcome,
     score_models,
 )
+from mad.train import DTYPE_OF, Precision
 from mad.train import Experiment as Training
 from mad.train import main as train_one
 from workbench.cli import RunField, RunOptions, cli
@@ -51,6 +58,11 @@ from workbench.run import Run, settings_of
 from workbench.sweep import FAILED, run_all
 
 Main = Callable[[Training], dict[str, Any]]
+
+
+COUNTS = ("num_trials_gpu", "cpus", "num_cpus_trial")
+PUBLISHED_NAMES = (*COUNTS, "precision", "logs_path")
+"""Flags of the published script that stand for others here; none of them is in a key."""
 
 
 class JobsFailed(DataError):
@@ -97,6 +109,16 @@ class Experiment:
     """Runs side by side."""
     gpus: int = 0
     """Spread the runs over so many CUDA devices; 0 leaves the choice to --device."""
+    num_trials_gpu: int | None = None
+    """Published name: runs side by side on each of the --gpus; sets --workers."""
+    cpus: int | None = None
+    """Published name: processors for all runs; sets --workers where there are no --gpus."""
+    num_cpus_trial: int | None = None
+    """Published name: threads of each run; sets --threads, and --workers with --cpus."""
+    precision: Precision | None = None
+    """Published name of --dtype: auto, bf16, 16, 32 or 64."""
+    logs_path: Path | None = None
+    """Published name of --root."""
     shard: str = ""
     """i/n: make only part i of n of the runs, and no scores."""
     dry_run: bool = False
@@ -105,10 +127,12 @@ class Experiment:
     """Where and how."""
 
     def __post_init__(self) -> None:
-        for name in ("max_settings", "dim", "batch_size", "epochs", "num_test_examples"):
+        sizes = ("max_settings", "dim", "batch_size", "epochs", "num_test_examples")
+        for name in (*sizes, *COUNTS):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}; expected at least 1")
+        self.take_published_names()
         for name in ("lrs", "weight_decays", "seeds"):
             value = getattr(self, name)
             if value is not None and (not value or len(set(value)) < len(value)):
@@ -123,6 +147,29 @@ class Experiment:
         if len(set(names)) < len(names):
             raise ConfigError(f"two stacks have one name: {', '.join(names)}; name them apart")
         jobs_of(self)
+
+    def take_published_names(self) -> None:
+        """Move what has a published name to the fields it stands for."""
+        options: dict[str, Any] = {}
+        if self.logs_path is not None:
+            options["root"] = self.logs_path
+        if self.precision is not None:
+            options["dtype"] = DTYPE_OF[self.precision.partition("-")[0]]
+        if self.num_cpus_trial is not None:
+            options["threads"] = self.num_cpus_trial
+        if options:
+            object.__setattr__(self, "run", replace(self.run, **options))
+        if self.num_trials_gpu is not None and not self.gpus:
+            raise ConfigError(
+                f"num_trials_gpu={self.num_trials_gpu} with gpus=0; give --gpus as well, or "
+                "--workers for runs without a GPU"
+            )
+        if self.num_trials_gpu is not None:
+            object.__setattr__(self, "workers", self.gpus * self.num_trials_gpu)
+        elif self.cpus is not None and not self.gpus:
+            object.__setattr__(self, "workers", max(1, self.cpus // (self.num_cpus_trial or 1)))
+        for name in PUBLISHED_NAMES:
+            object.__setattr__(self, name, None)
 
     def models(self) -> list[tuple[str, tuple[str, ...]]]:
         """Names and layers of the models."""
@@ -403,7 +450,7 @@ def is_changed(experiment: Experiment) -> bool:
 def design_of(experiment: Experiment) -> str:
     """Eight digits that two benchmarks share if their scores may stand in one table."""
     settings = settings_of(resolved(experiment))
-    for name in ("stacks", "layers", "preset"):
+    for name in ("stacks", "layers", "preset", *PUBLISHED_NAMES):
         settings.pop(name)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 

@@ -18,6 +18,7 @@ from mad.benchmark import (
     JobsFailed,
     carry_out,
     describe_work,
+    design_of,
     jobs_of,
     main,
     resolved,
@@ -90,6 +91,19 @@ def test_the_executor_does_not_change_the_key():
     spread = replace(TINY, executor="ray", workers=7, shard="1/2")
     assert resolved(spread) == resolved(TINY)
     assert resolved(replace(TINY, lrs=(1e-3,))) != resolved(TINY)
+
+
+def test_flags_of_the_published_script_are_other_names(tmp_path):
+    plain = replace(TINY, run=RunOptions(root=tmp_path, dtype="bfloat16", threads=2), workers=4)
+    published = replace(TINY, logs_path=tmp_path, precision="bf16", cpus=9, num_cpus_trial=2)
+    assert published == plain
+    assert replace(TINY, gpus=2, num_trials_gpu=3, cpus=16).workers == 6
+    assert design_of(published) == design_of(TINY)
+    assert {job.experiment.run.dtype for job in jobs_of(published)} == {"bfloat16"}
+    with pytest.raises(ConfigError, match="num_trials_gpu=2 with gpus=0"):
+        replace(TINY, num_trials_gpu=2)
+    with pytest.raises(ConfigError, match="cpus=0"):
+        replace(TINY, cpus=0)
 
 
 # ---------------------------------------------------------------- scores
