@@ -32,7 +32,7 @@ GRID = Experiment(
     epochs=3,
     num_test_examples=32,
 )
-VALIDATION, TEST = (0.2, 0.3, 0.9, 0.8, 0.5, 0.5), (0.3, 0.2, 0.7, 0.75, 0.4, 0.6)
+VALIDATION, TEST = (0.2, 0.3, 0.9, 0.8, 0.6, 0.5), (0.3, 0.2, 0.7, 0.75, 0.4, 0.6)
 
 
 def finished(root: Path, count: int = 6) -> Experiment:
