@@ -72,6 +72,10 @@ class Baseline:
     """MQAR: exponent of the gaps."""
     filler_vocab_size: int | None = None
     """MQAR: number of filler tokens."""
+    group: str | None = None
+    """State tracking: permutation group, S3, A4, S4, A5 or S5."""
+    max_depth: int | None = None
+    """Dyck: largest number of open brackets."""
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,12 @@ TASKS: dict[str, TaskSpec] = {
     ),
     "copying": TaskSpec("mad.tasks.copying:Copying", short="Cp", benchmark=False),
     "mqar": TaskSpec("mad.tasks.mqar:MultiQueryRecall", short="MQ", benchmark=False),
+    "induction-heads": TaskSpec("mad.tasks.induction:InductionHeads", short="IH", benchmark=False),
+    "sorting": TaskSpec("mad.tasks.sorting:Sorting", short="So", benchmark=False),
+    "parity": TaskSpec("mad.tasks.tracking:Parity", short="Pa", benchmark=False),
+    "modular-addition": TaskSpec("mad.tasks.tracking:ModularAddition", short="MA", benchmark=False),
+    "state-tracking": TaskSpec("mad.tasks.tracking:StateTracking", short="ST", benchmark=False),
+    "dyck": TaskSpec("mad.tasks.dyck:Dyck", short="Dy", benchmark=False),
 }
 
 LAYERS: dict[str, LayerSpec] = {  # order = order in reports
