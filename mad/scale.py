@@ -1,4 +1,4 @@
-"""Fit scaling laws to runs, and foretell a perplexity from a score.   [arXiv 2403.17844, §4]
+"""Fit scaling laws to runs, and foretell a perplexity from a score.   [arXiv 2403.17844]
 
     python -m mad.scale --score .75
     python -m mad.scale --runs my_runs.csv --token-scale 6
