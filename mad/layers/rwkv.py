@@ -11,6 +11,8 @@ Version 5 writes its mix the other way round, x m + x' (1 − m), and so does th
 How a layer starts depends on its place in the stack, `layer_id` of `n_layers`.
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -58,7 +60,7 @@ class _Shifting(Layer):
         return {"token": torch.zeros(batch, self.width, device=device, dtype=dtype)}
 
 
-class _TimeMixer(_Shifting):
+class _TimeMixer(_Shifting, ABC):
     """What versions 5 and 6 share: projections, bonus, decay, norm, gate and their forms."""
 
     def __init__(
@@ -83,9 +85,9 @@ class _TimeMixer(_Shifting):
         self.norm = HeadNorm(width, self.num_heads, eps)
         self.divisor = 1.0
 
+    @abstractmethod
     def _parts(self, x: Tensor, shifted: Tensor) -> tuple[Tensor, ...]:
         """Gate (B, L, d); r, k, v and log decay (B or 1, H, L or 1, e)."""
-        raise NotImplementedError
 
     def _heads(self, r: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         parts = (self.r(r), self.k(k), self.v(v))
@@ -212,7 +214,7 @@ class RWKV6TimeMixer(_TimeMixer):
         return super().linear_flops_per_token() + 2 * sum(m.numel() for m in maps)
 
 
-class _ChannelMixer(_Shifting):
+class _ChannelMixer(_Shifting, ABC):
     """σ(W_r x_r) ⊙ W_v relu(W_k x_k)²; par 147 712 and state d at width 128."""
 
     def __init__(
@@ -233,9 +235,9 @@ class _ChannelMixer(_Shifting):
         self.k, self.v = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
         self.r = nn.Linear(width, width, bias=False)
 
+    @abstractmethod
     def _mixed(self, x: Tensor, shifted: Tensor) -> tuple[Tensor, Tensor]:
         """What the key and the gate see."""
-        raise NotImplementedError
 
     def _mix(self, x: Tensor, shifted: Tensor) -> Tensor:
         k, r = self._mixed(x, shifted)
