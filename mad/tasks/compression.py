@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mad.tasks.task import IGNORE, Rows, Split, Task, check_noise
+from mad.tasks.task import IGNORE, Rows, Split, Task, check_noise, small_integers
 from workbench.errors import ConfigError
 
 
@@ -58,8 +58,12 @@ class Compression(Task):
 
     def draw(self, rng: np.random.Generator, rows: int, split: Split = "train") -> Rows:
         """All rows at once."""
-        kind = np.int16 if self.content_size <= 2**15 else np.int64
-        inputs = rng.integers(0, self.content_size, (rows, self.seq_len), kind).astype(np.int64)
+        shape, small = (rows, self.seq_len), self.content_size <= 2**15
+        if small and self.frac_noise == 0:
+            inputs = small_integers(rng, self.content_size, shape)
+        else:
+            kind = np.int16 if small else np.int64
+            inputs = rng.integers(0, self.content_size, shape, kind).astype(np.int64)
         inputs[:, -1] = self.vocab_size - 1
         if self.frac_noise == 0:
             return Rows(inputs, inputs, inputs)

@@ -11,19 +11,22 @@ Plain copying has all blanks behind the content tokens: `2 5 0 6 6 6 6 6 7 6 6 6
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 
-from mad.tasks.task import IGNORE, Rows, Split, Task, Tokens
+from mad.tasks.marked import MarkedTask
+from mad.tasks.task import Rows, Split, Tokens
 from workbench.errors import ConfigError
 
 Slot = Literal["before", "all"]
 
 
 @dataclass(frozen=True)
-class Copying(Task):
+class Copying(MarkedTask):
     """Content tokens, blanks, the copy token, and room to say the content again."""
+
+    mark_name: ClassVar[str] = "copy"
 
     vocab_size: int = 16
     """Number of tokens V, blank and copy token included."""
@@ -33,11 +36,7 @@ class Copying(Task):
     """Number of content tokens C."""
 
     def __post_init__(self) -> None:
-        if self.vocab_size < 4:
-            raise ConfigError(
-                f"vocab_size={self.vocab_size} leaves fewer than two content tokens beside the "
-                "blank and the copy token; it must be at least 4"
-            )
+        super().__post_init__()
         if self.num_tokens_to_copy < 1:
             raise ConfigError(
                 f"num_tokens_to_copy={self.num_tokens_to_copy}: there is nothing to copy; "
@@ -51,19 +50,9 @@ class Copying(Task):
             )
 
     @property
-    def content_size(self) -> int:
-        """Content tokens are 0 … V − 3."""
-        return self.vocab_size - 2
-
-    @property
     def blanks(self) -> int:
         """Blanks before the copy token: L − 2C − 1."""
         return self.seq_len - 2 * self.num_tokens_to_copy - 1
-
-    @property
-    def length(self) -> int:
-        """L: nothing is shifted."""
-        return self.seq_len
 
     def places(self, rng: np.random.Generator, rows: int) -> Tokens:
         """Position of every content token."""
@@ -72,12 +61,9 @@ class Copying(Task):
 
     def rows_of(self, content: Tokens, places: Tokens) -> Rows:
         """The rows with these content tokens at these places."""
-        inputs = np.full((len(content), self.seq_len), self.vocab_size - 2, dtype=np.int64)
+        inputs = self.blank_rows(len(content), self.seq_len - self.num_tokens_to_copy - 1)
         np.put_along_axis(inputs, places, content, axis=1)
-        inputs[:, -self.num_tokens_to_copy - 1] = self.vocab_size - 1
-        answers = np.full_like(inputs, IGNORE)
-        answers[:, -self.num_tokens_to_copy :] = content
-        return Rows(inputs, answers, answers)
+        return self.answered(inputs, content)
 
     def draw(self, rng: np.random.Generator, rows: int, split: Split = "train") -> Rows:
         """All rows at once."""
@@ -87,32 +73,17 @@ class Copying(Task):
     def legacy_row(self, rng: np.random.Generator, split: Split = "train") -> Rows:
         """One row in the published order of calls."""
         content = rng.choice(np.arange(self.content_size), size=self.num_tokens_to_copy)
-        head = [*content, *[self.vocab_size - 2] * self.blanks]
+        head = [*content, *[self.blank] * self.blanks]
         return self._legacy(content, np.array(head))
 
     def _legacy(self, content: np.ndarray, head: np.ndarray) -> Rows:
-        tail = [self.vocab_size - 1, *[self.vocab_size - 2] * self.num_tokens_to_copy]
-        inputs = np.concatenate([head, tail]).astype(np.int64)[None]
-        answers = np.full_like(inputs, IGNORE)
-        answers[0, -self.num_tokens_to_copy :] = content
-        return Rows(inputs, answers, answers)
+        tail = [self.mark, *[self.blank] * self.num_tokens_to_copy]
+        return self.answered(np.concatenate([head, tail]).astype(np.int64)[None], content)
 
-    def token_kinds(self) -> dict[str, range]:
-        """Which tokens play which part."""
-        blank = self.content_size
-        return {
-            "content": range(blank),
-            "blank": range(blank, blank + 1),
-            "copy": range(blank + 1, self.vocab_size),
-        }
-
-    def expected_scored(self) -> float:
+    @property
+    def n_answers(self) -> int:
         """C."""
-        return float(self.num_tokens_to_copy)
-
-    def chance(self) -> float:
-        """1 / number of content tokens."""
-        return 1 / self.content_size
+        return self.num_tokens_to_copy
 
 
 @dataclass(frozen=True)
@@ -145,4 +116,4 @@ class SelectiveCopying(Copying):
         """
         content = rng.choice(np.arange(self.content_size), size=self.num_tokens_to_copy)
         slots = rng.integers(0, self.num_tokens_to_copy + (self.slot == "all"), self.blanks)
-        return self._legacy(content, np.insert(content, slots, self.vocab_size - 2))
+        return self._legacy(content, np.insert(content, slots, self.blank))

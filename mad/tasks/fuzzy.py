@@ -19,7 +19,8 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from mad.tasks.task import IGNORE, Rows, Split, Task, check_noise
+from mad.tasks.pairs import PairTask
+from mad.tasks.task import IGNORE, Rows, Split, check_noise
 from workbench.errors import ConfigError
 
 Numbers = Int64[np.ndarray, "..."]
@@ -48,7 +49,7 @@ class Deck:
 
 
 @dataclass(frozen=True)
-class FuzzyInContextRecall(Task):
+class FuzzyInContextRecall(PairTask):
     """Motif pairs with a fresh random map per row; the probe pair is surely shown."""
 
     deck: ClassVar[type] = Deck
@@ -58,12 +59,6 @@ class FuzzyInContextRecall(Task):
     """Largest number of tokens m_k of a key."""
     v_motif_size: int = 3
     """Largest number of tokens m_v of a value."""
-    multi_query: bool = True
-    """Score every repeated key; otherwise only the last one, announced by a copy token."""
-    noise_vocab_size: int = 0
-    """Number of tokens N that only serve as noise."""
-    frac_noise: float = 0.0
-    """Probability that a pair is replaced by as many noise tokens."""
 
     def __post_init__(self) -> None:
         check_noise(self, self.noise_vocab_size, self.frac_noise)
@@ -72,7 +67,7 @@ class FuzzyInContextRecall(Task):
                 f"k_motif_size={self.k_motif_size} and v_motif_size={self.v_motif_size}: "
                 "both must be at least 1"
             )
-        special = self.vocab_size - self.content_size
+        special = self.noise_vocab_size + self.n_special
         keys, values = max(self.k_motif_size, 1), self.v_motif_size
         if self.n_keys < keys or self.n_values < values:
             least = special + max(2 * keys, 2 * values - 1)
@@ -95,19 +90,9 @@ class FuzzyInContextRecall(Task):
             )
 
     @property
-    def content_size(self) -> int:
-        """Key and value tokens: V − N, less padding, less the single-query form's copy token."""
-        return self.vocab_size - self.noise_vocab_size - (1 if self.multi_query else 2)
-
-    @property
-    def n_keys(self) -> int:
-        """Key tokens are 0 … n_keys − 1."""
-        return self.content_size // 2
-
-    @property
-    def n_values(self) -> int:
-        """Value tokens are n_keys … content_size − 1."""
-        return self.content_size - self.n_keys
+    def n_special(self) -> int:
+        """Padding, and the single-query form's copy token."""
+        return 1 if self.multi_query else 2
 
     @property
     def pair_size(self) -> int:
@@ -117,7 +102,7 @@ class FuzzyInContextRecall(Task):
     @property
     def padding(self) -> int:
         """Token that fills a row from the left."""
-        return self.vocab_size - (1 if self.multi_query else 2)
+        return self.vocab_size - self.n_special
 
     @property
     def length(self) -> int:
@@ -245,9 +230,7 @@ class FuzzyInContextRecall(Task):
         size = np.where(is_probe, probe.value_size, size)
         tokens = np.concatenate([pairs.keys, values], axis=2)
         if self.frac_noise > 0:
-            drawn = rng.integers(
-                self.content_size, self.content_size + self.noise_vocab_size, tokens.shape
-            )
+            drawn = rng.integers(self.noise.start, self.noise.stop, tokens.shape)
             tokens = np.where(noise[..., None], drawn, tokens)
         in_key = np.arange(self.k_motif_size) < pairs.key_size[..., None]
         in_value = np.arange(self.v_motif_size) < size[..., None]
@@ -285,8 +268,7 @@ class FuzzyInContextRecall(Task):
                 targets += [IGNORE] * size
                 continue
             if self.frac_noise > 0 and rng.random() < self.frac_noise:
-                noise = np.arange(self.content_size, self.content_size + self.noise_vocab_size)
-                sequence += rng.choice(noise, size=key_size + value_size).tolist()
+                sequence += rng.choice(np.array(self.noise), size=key_size + value_size).tolist()
                 targets += [IGNORE] * (key_size + value_size)
                 continue
             key = key_decks[key_size].draw(rng)
@@ -336,10 +318,7 @@ class FuzzyInContextRecall(Task):
 
     def token_kinds(self) -> dict[str, range]:
         """Which tokens play which part."""
-        return {
-            "key": range(self.n_keys),
-            "value": range(self.n_keys, self.content_size),
-            "noise": range(self.content_size, self.padding),
+        return super().token_kinds() | {
             "padding": range(self.padding, self.padding + 1),
             "copy": range(self.padding + 1, self.vocab_size),
         }
@@ -398,10 +377,6 @@ class FuzzyInContextRecall(Task):
             probe_again = same - shown(2)
             total += float((early * shown(1) + late * (shown(1) + probe_again)).sum())
         return mean_value * (1 + pair * total / len(sizes))
-
-    def chance(self) -> float:
-        """1 / number of value tokens."""
-        return 1 / self.n_values
 
 
 class _Pairs(NamedTuple):

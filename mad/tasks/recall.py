@@ -14,20 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mad.tasks.task import IGNORE, Rows, Split, Task, check_common
+from mad.tasks.pairs import PairTask
+from mad.tasks.task import IGNORE, Rows, Split, check_common
 from workbench.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
-class InContextRecall(Task):
+class InContextRecall(PairTask):
     """Key-value pairs with a fresh random map per row; noise pairs when `frac_noise` > 0."""
-
-    multi_query: bool = True
-    """Score every repeated key; otherwise only the last one, announced by a copy token."""
-    noise_vocab_size: int = 0
-    """Number of tokens N that only serve as noise."""
-    frac_noise: float = 0.0
-    """Probability that a pair slot holds two noise tokens."""
 
     def __post_init__(self) -> None:
         check_common(self, self.noise_vocab_size, self.frac_noise)
@@ -39,19 +33,9 @@ class InContextRecall(Task):
             )
 
     @property
-    def content_size(self) -> int:
-        """Keys and values together: V − N, less the copy token of the single-query form."""
-        return self.vocab_size - self.noise_vocab_size - (0 if self.multi_query else 1)
-
-    @property
-    def n_keys(self) -> int:
-        """Keys are the tokens 0 … n_keys − 1."""
-        return self.content_size // 2
-
-    @property
-    def n_values(self) -> int:
-        """Values are the tokens n_keys … content_size − 1."""
-        return self.content_size - self.n_keys
+    def n_special(self) -> int:
+        """The copy token of the single-query form."""
+        return 0 if self.multi_query else 1
 
     @property
     def length(self) -> int:
@@ -87,9 +71,7 @@ class InContextRecall(Task):
         sequence[:, 0 : 2 * slots : 2] = keys
         sequence[:, 1 : 2 * slots : 2] = values
         if self.frac_noise > 0:
-            noise = rng.integers(
-                self.content_size, self.content_size + self.noise_vocab_size, (rows, slots, 2)
-            )
+            noise = rng.integers(self.noise.start, self.noise.stop, (rows, slots, 2))
             pairs = sequence[:, : 2 * slots].reshape(rows, slots, 2)
             sequence[:, : 2 * slots] = np.where(is_pair[..., None], pairs, noise).reshape(rows, -1)
         if self.multi_query:
@@ -108,8 +90,7 @@ class InContextRecall(Task):
         targets: list[int] = []
         for slot in range(slots - 1):
             if self.frac_noise > 0 and slot != keep and rng.random() < self.frac_noise:
-                noise = np.arange(self.content_size, self.content_size + self.noise_vocab_size)
-                sequence += rng.choice(noise, size=2).tolist()
+                sequence += rng.choice(np.array(self.noise), size=2).tolist()
                 targets += [IGNORE, IGNORE]
                 continue
             key = int(rng.choice(np.arange(self.n_keys)))
@@ -130,13 +111,7 @@ class InContextRecall(Task):
 
     def token_kinds(self) -> dict[str, range]:
         """Which tokens play which part."""
-        noise = self.content_size + self.noise_vocab_size
-        return {
-            "key": range(self.n_keys),
-            "value": range(self.n_keys, self.content_size),
-            "noise": range(self.content_size, noise),
-            "copy": range(noise, self.vocab_size),
-        }
+        return super().token_kinds() | {"copy": range(self.noise.stop, self.vocab_size)}
 
     def expected_scored(self) -> float:
         """Expected pairs − expected distinct keys + 1; without noise P′ − n(1 − (1 − 1/n)^P′) + 1.
@@ -149,10 +124,6 @@ class InContextRecall(Task):
         others, pair = self.seq_len // 2 - 2, 1.0 - self.frac_noise
         missed = (1 - 1 / self.n_keys) * (1 - pair / self.n_keys) ** others
         return 1 + others * pair - self.n_keys * (1 - missed) + 1
-
-    def chance(self) -> float:
-        """1 / number of values."""
-        return 1 / self.n_values
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,20 @@ never reads its own answers.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
-from mad.tasks.task import IGNORE, Rows, Split, Task, Tokens
+from mad.tasks.marked import MarkedTask
+from mad.tasks.task import IGNORE, Rows, Split, Tokens
 from workbench.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Sorting(Task):
+class Sorting(MarkedTask):
     """C = L / 2 content tokens, the sort token, and blanks under which the sorted tokens stand."""
+
+    mark_name: ClassVar[str] = "sort"
 
     vocab_size: int = 16
     """Number of tokens V, blank and sort token included."""
@@ -29,11 +33,7 @@ class Sorting(Task):
     """Length L, twice the number of tokens to sort."""
 
     def __post_init__(self) -> None:
-        if self.vocab_size < 4:
-            raise ConfigError(
-                f"vocab_size={self.vocab_size} leaves fewer than two content tokens beside the "
-                "blank and the sort token; it must be at least 4"
-            )
+        super().__post_init__()
         if self.seq_len % 2 or self.seq_len < 4:
             raise ConfigError(
                 f"seq_len={self.seq_len} is not twice a number of tokens to sort; it must be even "
@@ -41,51 +41,21 @@ class Sorting(Task):
             )
 
     @property
-    def content_size(self) -> int:
-        """Content tokens are 0 … V − 3."""
-        return self.vocab_size - 2
-
-    @property
-    def num_tokens(self) -> int:
+    def n_answers(self) -> int:
         """Number of tokens to sort, C = L / 2."""
         return self.seq_len // 2
 
-    @property
-    def length(self) -> int:
-        """L: nothing is shifted."""
-        return self.seq_len
-
     def draw(self, rng: np.random.Generator, rows: int, split: Split = "train") -> Rows:
         """All rows at once."""
-        content: Tokens = rng.integers(0, self.content_size, (rows, self.num_tokens))
-        inputs = np.full((rows, self.seq_len), self.vocab_size - 2, dtype=np.int64)
-        inputs[:, : self.num_tokens] = content
-        inputs[:, self.num_tokens] = self.vocab_size - 1
-        answers = np.full_like(inputs, IGNORE)
-        answers[:, self.num_tokens :] = np.sort(content, axis=1)
-        return Rows(inputs, answers, answers)
+        content: Tokens = rng.integers(0, self.content_size, (rows, self.n_answers))
+        inputs = self.blank_rows(rows, self.n_answers)
+        inputs[:, : self.n_answers] = content
+        return self.answered(inputs, np.sort(content, axis=1))
 
     def legacy_row(self, rng: np.random.Generator, split: Split = "train") -> Rows:
         """One row, written plainly."""
-        n, blank = self.num_tokens, self.vocab_size - 2
+        n, blank = self.n_answers, self.blank
         content = [int(rng.integers(0, self.content_size)) for _ in range(n)]
-        inputs = np.array([[*content, self.vocab_size - 1, *[blank] * (n - 1)]], dtype=np.int64)
+        inputs = np.array([[*content, self.mark, *[blank] * (n - 1)]], dtype=np.int64)
         answers = np.array([[*[IGNORE] * n, *sorted(content)]], dtype=np.int64)
         return Rows(inputs, answers, answers)
-
-    def token_kinds(self) -> dict[str, range]:
-        """Which tokens play which part."""
-        blank = self.content_size
-        return {
-            "content": range(blank),
-            "blank": range(blank, blank + 1),
-            "sort": range(blank + 1, self.vocab_size),
-        }
-
-    def expected_scored(self) -> float:
-        """C."""
-        return float(self.num_tokens)
-
-    def chance(self) -> float:
-        """1 / number of content tokens."""
-        return 1 / self.content_size

@@ -9,6 +9,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -52,6 +53,11 @@ class Task(ABC):
     """Number of tokens V, special ones included."""
     seq_len: int = 128
     """Length L of the sequence before the autoregressive shift."""
+
+    @cached_property
+    def canonical_options(self) -> str:
+        """The options as JSON with sorted keys and no spaces: they key the streams of the rows."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
     @property
     @abstractmethod
@@ -122,18 +128,41 @@ def block_generator(task: Task, split: Split, seed: int, block: int) -> np.rando
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
+def small_integers(rng: np.random.Generator, high: int, shape: tuple[int, int]) -> Tokens:
+    """Uniform integers below `high` ≤ 2^16: the numbers of `rng.integers(0, high, shape, int16)`.
+
+    A 16-bit word x gives ⌊x · high / 2^16⌋; it is passed over if x · high mod 2^16 < 2^16 mod high
+    [arXiv 1805.10941, alg. 5]. All words are multiplied at once, which is faster. Some are taken in
+    reserve, so what `rng` draws next is not what numpy's own call would leave.
+
+    >>> small_integers(np.random.default_rng(0), 15, (1, 6)).tolist()
+    [[7, 12, 13, 9, 12, 7]]
+    """
+    n = shape[0] * shape[1]
+    refused = 2**16 % high
+    words = np.empty(0, dtype="<u2")
+    while len(words) < n:  # again once in a blue moon: a few words more than needed are drawn
+        count = (n - len(words)) // 4 + n * refused // 2**17 + 4
+        more = rng.bit_generator.random_raw(count).astype("<u8", copy=False).view("<u2")
+        low = more * np.uint16(high)
+        if low.min() < refused:
+            more = more[low >= refused]
+        words = np.concatenate([words, more]) if len(words) else more
+    product = words[:n].astype(np.int64).reshape(shape)
+    product *= high
+    product >>= 16
+    return product
+
+
 def stream_key(task: Task, split: Split, seed: int) -> bytes:
     """The 16 bytes that key the streams of a split."""
     if split not in get_args(Split):
         raise ConfigError(f"split {split!r} is unknown; choose one of {', '.join(get_args(Split))}")
-    name = {
-        "options": asdict(task),
-        "seed": seed,
-        "split": split,
-        "task": type(task).__qualname__,
-        "version": task.version,
-    }
-    canonical = json.dumps(name, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    name = json.dumps(type(task).__qualname__)
+    canonical = (
+        f'{{"options":{task.canonical_options},"seed":{seed},"split":"{split}","task":{name},'
+        f'"version":{task.version}}}'
+    )  # keys in the order of the alphabet, no spaces
     return hashlib.sha256(canonical.encode("utf-8")).digest()[:16]
 
 

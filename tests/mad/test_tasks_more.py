@@ -27,6 +27,7 @@ from mad.tasks.task import (
     generate,
     generate_legacy,
     generate_splits,
+    small_integers,
 )
 from workbench.errors import ConfigError
 
@@ -72,6 +73,18 @@ def test_bytes_of_every_published_setting_are_those_recorded():
                 found[key] = {s: digest(generate(task, 300, s, SEED)) for s in ("train", "test")}
     assert found == recorded
     assert len({one[split] for one in found.values() for split in one}) == 2 * len(found)
+
+
+@given(st.integers(0, 2**32), st.integers(2, 2**15), st.integers(1, 60), st.integers(1, 60))
+@settings(max_examples=60, deadline=None)
+def test_small_integers_are_those_of_numpy(key, high, rows, length):
+    def stream() -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=key))
+
+    found = small_integers(stream(), high, (rows, length))
+    assert found.dtype == np.int64
+    expected = stream().integers(0, high, (rows, length), np.int16)
+    np.testing.assert_array_equal(found, expected)
 
 
 # ---------------------------------------------------------------- published order of calls
