@@ -8,7 +8,7 @@ Auto-encoder       the same stack as encoder, pooled over time to one code z of 
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,7 @@ class Stack(nn.Module):
         super().__init__()
         if not 0 <= embed_drop_rate < 1:
             raise ConfigError(f"embed_drop_rate={embed_drop_rate} lies outside [0, 1)")
+        self.make_norm = norm
         self.embedding = nn.Embedding(vocab_size, width)
         self.layers = nn.ModuleList(layers)
         self.norms = nn.ModuleList(norm(width) for _ in layers)
@@ -80,6 +81,12 @@ class Stack(nn.Module):
                 )
             self.positions = nn.Parameter(table.detach().clone())
         self.drop = nn.Dropout(embed_drop_rate)
+
+    def add_head(self, vocab_size: int) -> None:
+        """The last norm and the linear map to logits."""
+        width = self.embedding.embedding_dim
+        self.norm = self.make_norm(width)
+        self.head = nn.Linear(width, vocab_size)
 
     def embed(self, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time width"]:
         """Embeddings of the tokens, with positions if there are any."""
@@ -115,6 +122,15 @@ class Stack(nn.Module):
                 nn.init.zeros_(module.bias)
 
 
+class StackOptions(TypedDict, total=False):
+    """What every backbone may be given by name; `Stack` has the defaults."""
+
+    norm: Norm
+    position_embeds: PositionEmbeds | None
+    embed_drop_rate: float
+    max_length: int
+
+
 class LanguageModel(Stack):
     """Residual stack over token embeddings; positions are the layers' own business.
 
@@ -128,23 +144,10 @@ class LanguageModel(Stack):
         vocab_size: int,
         width: int,
         layers: Sequence[nn.Module],
-        *,
-        norm: Norm = rms_norm,
-        position_embeds: PositionEmbeds | None = None,
-        embed_drop_rate: float = 0.0,
-        max_length: int = 1280,
+        **options: Unpack[StackOptions],
     ) -> None:
-        super().__init__(
-            vocab_size,
-            width,
-            layers,
-            norm=norm,
-            position_embeds=position_embeds,
-            embed_drop_rate=embed_drop_rate,
-            max_length=max_length,
-        )
-        self.norm = norm(width)
-        self.head = nn.Linear(width, vocab_size)
+        super().__init__(vocab_size, width, layers, **options)
+        self.add_head(vocab_size)
         self.initialise()
 
     def forward(self, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:
@@ -169,34 +172,22 @@ class AutoEncoder(Stack):
         layers: Sequence[nn.Module],
         *,
         global_pool: Literal["last", "cls", "avg"] = "last",
-        norm: Norm = rms_norm,
-        position_embeds: PositionEmbeds | None = None,
-        embed_drop_rate: float = 0.0,
-        max_length: int = 1280,
+        **options: Unpack[StackOptions],
     ) -> None:
-        super().__init__(
-            vocab_size,
-            width,
-            layers,
-            norm=norm,
-            position_embeds=position_embeds,
-            embed_drop_rate=embed_drop_rate,
-            max_length=max_length,
-        )
+        super().__init__(vocab_size, width, layers, **options)
         if global_pool not in ("last", "cls", "avg"):
             raise unknown_name("global_pool", global_pool, ("last", "cls", "avg"))
         self.global_pool = global_pool
         self.cls = nn.Parameter(torch.randn(width)) if global_pool == "cls" else None
         self.decoder = nn.Sequential(
-            norm(width),
+            self.make_norm(width),
             nn.Linear(width, width),
             nn.GELU(),
-            norm(width),
+            self.make_norm(width),
             nn.Linear(width, width),
             nn.GELU(),
         )
-        self.norm = norm(width)
-        self.head = nn.Linear(width, vocab_size)
+        self.add_head(vocab_size)
         self.initialise(linear_std=0.02)
 
     def encode(self, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch width"]:
@@ -243,12 +234,12 @@ def build_model(
         raise ConfigError("no layers given; name at least one, e.g. --layers mh-attention swiglu")
     if backbone not in BACKBONES:
         raise unknown_name("backbone", backbone, BACKBONES)
-    make = BACKBONES[backbone]
+    make: Any = BACKBONES[backbone]
+    known = [name for name in inspect.signature(make).parameters if name != "options"]
+    known += StackOptions.__annotations__
     for name in options:
-        if name not in inspect.signature(make).parameters:
-            raise unknown_name(
-                f"option of backbone {backbone}", name, inspect.signature(make).parameters
-            )
+        if name not in known:
+            raise unknown_name(f"option of backbone {backbone}", name, known)
     choices = [parse_layer(layer) for layer in layers]
     reach = max_length + (options.get("global_pool") == "cls")  # the pooled position is one more
     with torch.random.fork_rng(devices=[]):

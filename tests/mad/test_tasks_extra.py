@@ -1,10 +1,7 @@
 """Induction heads, sorting, sums, permutation groups, Dyck words: example rows, laws, bad input."""
 
-import itertools
-
 import numpy as np
 import pytest
-from scipy.stats import chi2_contingency
 
 from mad.data import Experiment, data_sets
 from mad.registry import TASKS, build_task
@@ -13,6 +10,7 @@ from mad.tasks.induction import InductionHeads
 from mad.tasks.sorting import Sorting
 from mad.tasks.task import BLOCK_ROWS, IGNORE, Task, generate, generate_legacy
 from mad.tasks.tracking import ModularAddition, Parity, StateTracking, permutations, products
+from tests.mad.rows import cut_is_the_same, kinds_cover, same_law, streams_differ
 from workbench.cli import RunOptions
 from workbench.errors import ConfigError
 
@@ -153,22 +151,12 @@ def test_vectorised_law_is_the_plain_law(task):
     fast = generate(task, 2 * n, "test", 11)
     slow = generate_legacy(task, n, np.random.default_rng(2), "test")
     statistics = {
-        "scored": [(rows.answers != IGNORE).sum(1) for rows in (fast, slow)],
         "first token": [(rows.inputs == 0).sum(1) for rows in (fast, slow)],
         "equal neighbours": [
             (rows.inputs[:, 1:] == rows.inputs[:, :-1]).sum(1) for rows in (fast, slow)
         ],
     }
-    for at in (0, 1, task.length // 2, task.length - 2, task.length - 1):
-        statistics[f"token {at}"] = [rows.inputs[:, at] for rows in (fast, slow)]
-        statistics[f"answer {at}"] = [rows.answers[:, at] + 100 for rows in (fast, slow)]
-    for name, pair in statistics.items():
-        table = np.stack([np.bincount(part, minlength=200) for part in pair])
-        rare = table.sum(axis=0) < 20
-        table = np.concatenate([table[:, ~rare], table[:, rare].sum(1, keepdims=True)], axis=1)
-        table = table[:, table.sum(axis=0) >= 20]
-        if table.shape[1] > 1:
-            assert chi2_contingency(table).pvalue > 1e-5, name
+    same_law(fast, slow, statistics)
 
 
 @every_task
@@ -208,8 +196,7 @@ def test_states_are_uniform_at_every_position(name):
 
 @every_task
 def test_tokens_lie_in_disjoint_ranges_that_cover_the_vocabulary(task):
-    kinds = task.token_kinds()
-    assert sorted(t for kind in kinds.values() for t in kind) == list(range(task.vocab_size))
+    kinds_cover(task)
     assert np.unique(generate(task, 1500, "train", 1).inputs).tolist() == list(
         range(task.vocab_size)
     )
@@ -219,17 +206,12 @@ def test_tokens_lie_in_disjoint_ranges_that_cover_the_vocabulary(task):
 def test_any_cut_of_a_split_gives_the_same_rows(task):
     whole = generate(task, 2200, "val", 3)
     for start, size in ((0, 1), (1000, 100), (1024, 1024), (2199, 1)):
-        for a, b in zip(whole, generate(task, size, "val", 3, start=start), strict=True):
-            np.testing.assert_array_equal(a[start : start + size], b)
+        cut_is_the_same(task, whole, "val", start, size)
 
 
 @every_task
 def test_every_split_and_seed_has_a_stream_of_its_own(task):
-    streams = [
-        generate(task, 60, s, seed).inputs for s in ("train", "val", "test") for seed in (0, 1)
-    ]
-    for a, b in itertools.combinations(streams, 2):
-        assert (a != b).any(axis=1).mean() > 0.9
+    streams_differ(task)
 
 
 @pytest.mark.parametrize("name", EXTRA)

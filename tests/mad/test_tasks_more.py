@@ -12,7 +12,6 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import chi2_contingency
 
 from mad.registry import TASKS, build_task
 from mad.tasks.compression import Compression
@@ -29,6 +28,7 @@ from mad.tasks.task import (
     generate_splits,
     small_integers,
 )
+from tests.mad.rows import cut_is_the_same, kinds_cover, same_law, streams_differ
 from workbench.errors import ConfigError
 
 SEED = 12345
@@ -174,22 +174,12 @@ def test_vectorised_law_is_the_legacy_law(task, split):
         keep = task.answerable(slow)
         slow = Rows(*(part[keep] for part in slow))
     statistics = {
-        "scored": [(rows.answers != IGNORE).sum(1) for rows in (fast, slow)],
         "largest token": [(rows.inputs == task.vocab_size - 1).sum(1) for rows in (fast, slow)],
         "equal neighbours": [
             (rows.inputs[:, 2:] == rows.inputs[:, :-2]).sum(1) for rows in (fast, slow)
         ],
     }
-    for at in (0, 1, task.length // 2, task.length - 3, task.length - 1):
-        statistics[f"token {at}"] = [rows.inputs[:, at] for rows in (fast, slow)]
-        statistics[f"answer {at}"] = [rows.answers[:, at] + 100 for rows in (fast, slow)]
-    for name, pair in statistics.items():
-        table = np.stack([np.bincount(part, minlength=400) for part in pair])
-        rare = table.sum(axis=0) < 20
-        table = np.concatenate([table[:, ~rare], table[:, rare].sum(1, keepdims=True)], axis=1)
-        table = table[:, table.sum(axis=0) >= 20]
-        if table.shape[1] > 1:
-            assert chi2_contingency(table).pvalue > 1e-5, name
+    same_law(fast, slow, statistics)
 
 
 @every_task
@@ -248,8 +238,7 @@ def test_first_of_equal_is_list_index(rows):
 @every_task
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_tokens_lie_in_disjoint_ranges_that_cover_the_vocabulary(task, split):
-    kinds = task.token_kinds()
-    assert sorted(t for kind in kinds.values() for t in kind) == list(range(task.vocab_size))
+    kinds = kinds_cover(task)
     rows = generate(task, 1500, split, 1)
     assert rows.inputs.shape == rows.answers.shape == rows.dense.shape == (1500, task.length)
     used = set(np.unique(rows.inputs).tolist())
@@ -260,8 +249,7 @@ def test_tokens_lie_in_disjoint_ranges_that_cover_the_vocabulary(task, split):
 
 @pytest.mark.parametrize("task", [InContextRecall(), InContextRecall(multi_query=False)])
 def test_kinds_of_recall_cover_the_vocabulary(task):
-    kinds = task.token_kinds()
-    assert sorted(t for kind in kinds.values() for t in kind) == list(range(task.vocab_size))
+    kinds_cover(task)
 
 
 def pairs_of(task: FuzzyInContextRecall, sequence: list[int]) -> list[tuple[str, list[int]]]:
@@ -401,18 +389,12 @@ def test_any_cut_of_a_split_gives_the_same_rows(data):
     whole = generate(task, 2500, split, 3)
     start = data.draw(st.integers(0, 2499))
     size = data.draw(st.integers(1, 2500 - start))
-    part = generate(task, size, split, 3, start=start)
-    for a, b in zip(whole, part, strict=True):
-        np.testing.assert_array_equal(a[start : start + size], b)
+    cut_is_the_same(task, whole, split, start, size)
 
 
 @every_task
 def test_every_split_and_seed_has_a_stream_of_its_own(task):
-    streams = [
-        generate(task, 60, s, seed).inputs for s in ("train", "val", "test") for seed in (0, 1)
-    ]
-    for a, b in itertools.combinations(streams, 2):
-        assert (a != b).any(axis=1).mean() > 0.9
+    streams_differ(task)
 
 
 # ---------------------------------------------------------------- bounds and registry
