@@ -18,14 +18,14 @@ PACKAGES = (*ROOMS, "workbench")
 FILES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py"))
 EXTRAS = {
     "wandb", "ray", "mlx", "mlx_lm", "lm_eval", "mamba_ssm", "causal_conv1d", "flash_attn",
-    "fast_hadamard_transform", "schedulefree",
+    "fast_hadamard_transform", "fla", "schedulefree",
 }  # fmt: skip
 HEAVY = {"transformers", "datasets", "faiss", "sklearn", "matplotlib", "peft", "accelerate"}
 DISTRIBUTION = {
     "sklearn": "scikit-learn", "yaml": "pyyaml", "faiss": "faiss-cpu", "lm_eval": "lm-eval",
     "mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d", "flash_attn": "flash-attn",
     "fast_hadamard_transform": "fast-hadamard-transform", "mlx_lm": "mlx-lm", "PIL": "matplotlib",
-    "huggingface_hub": "transformers", "pandas": "datasets",
+    "fla": "flash-linear-attention", "huggingface_hub": "transformers", "pandas": "datasets",
 }  # fmt: skip
 
 

@@ -37,6 +37,13 @@ ENGINES: dict[str, Engine] = {
         "mamba_ssm", "cuda", "selective scan", "unbind scan in torch (workbench.mamba)", True
     ),
     "causal-conv1d": Engine("causal_conv1d", "cuda", "Mamba convolution", "torch conv1d", True),
+    "flash-linear-attention": Engine(
+        "fla",
+        "cuda",
+        "linear attention, gated linear attention, delta rules, RWKV",
+        "chunked forms in torch (mad.layers)",
+        True,
+    ),
     "flash-attn": Engine(
         "flash_attn", "cuda", "attention", "torch scaled_dot_product_attention", True
     ),

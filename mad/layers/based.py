@@ -15,6 +15,7 @@ from torch import Tensor
 from mad.layers.attention import Attention, Backend
 from mad.layers.layer import Layer, State
 from mad.layers.linear_attention import LinearAttention
+from workbench.integrations.kernels import Kernel
 
 
 class Based(Layer):
@@ -32,6 +33,7 @@ class Based(Layer):
         feature_width: int = 16,
         window: int = 64,
         backend: Backend = "auto",
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
         self.taylor = LinearAttention(
@@ -40,6 +42,7 @@ class Based(Layer):
             feature_map="taylor",
             normalize="sum",
             key_width=feature_width,
+            kernel=kernel,
         )
         self.window = Attention(width, num_heads=num_heads, window=window, backend=backend)
 

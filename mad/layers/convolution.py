@@ -10,6 +10,30 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mad.layers.kernels import compiled, filter_kernel
+from workbench.integrations.kernels import Kernel
+
+COMPILED_TAPS = (2, 3, 4)
+"""Lengths that causal-conv1d has."""
+
+
+def convolve_compiled(
+    x: Float[Tensor, "batch time channels"],
+    taps: Float[Tensor, "taps channels"],
+    bias: Float[Tensor, " channels"] | None = None,
+    *,
+    silu: bool = False,
+    kernel: Kernel = "auto",
+) -> Float[Tensor, "batch time channels"] | None:
+    """The convolution by causal-conv1d, SiLU included if wanted, or none where it is not used.
+
+    It saves the n shifted copies. A layer's `kernel=fused` asks for its recurrence, not for this.
+    """
+    if len(taps) not in COMPILED_TAPS:
+        return None
+    fused = compiled("causal_conv1d", filter_kernel(kernel), x, x)
+    return None if fused is None else fused(x, taps, bias, silu)
+
 
 def convolve_short(
     x: Float[Tensor, "batch time channels"],

@@ -26,6 +26,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mad.layers.convolution import convolve_compiled
+from workbench.integrations.kernels import Kernel
+
 ChannelForm = Literal["factored", "halved"]
 
 # Steps of a chunk, powers of two. Half a factored one forgets e^−80, near the end of the range.
@@ -52,7 +55,7 @@ def token_shift(x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch ti
 
 
 class ShortConvolution(nn.Module):
-    """y_t = b + Σ_j w_j ⊙ x_{t−n+1+j}: a causal filter of n taps per channel; state n·channels."""
+    """y_t = SiLU(b + Σ_j w_j ⊙ x_{t−n+1+j}): a causal filter of n taps per channel."""
 
     def __init__(self, channels: int, taps: int) -> None:
         super().__init__()
@@ -60,22 +63,27 @@ class ShortConvolution(nn.Module):
         self.taps = nn.Parameter(torch.empty(taps, channels).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
 
-    def forward(self, x: Float[Tensor, "batch time channels"]) -> Float[Tensor, "..."]:
-        """The filtered sequence."""
+    def forward(
+        self, x: Float[Tensor, "batch time channels"], kernel: Kernel = "reference"
+    ) -> Float[Tensor, "batch time channels"]:
+        """SiLU of the filtered sequence."""
+        y = convolve_compiled(x, self.taps, self.bias, silu=True, kernel=kernel)
+        if y is not None:
+            return y
         n, length = len(self.taps), x.shape[1]
         x = F.pad(x, (0, 0, n - 1, 0))
         y = self.bias
         for j, tap in enumerate(self.taps.unbind(0)):
             y = y + tap * x[:, j : j + length]
-        return y
+        return F.silu(y)
 
     def step(
         self, x: Float[Tensor, "batch channels"], past: Float[Tensor, "batch taps channels"]
     ) -> tuple[Float[Tensor, "batch channels"], Float[Tensor, "batch taps channels"]]:
-        """One position from the last taps − 1 inputs, and the inputs that the next one needs."""
+        """SiLU at one position from the last taps − 1 inputs, and the inputs the next one needs."""
         window = torch.cat([past, x[:, None].to(past.dtype)], dim=1)
         y = self.bias + (self.taps * window).sum(1)
-        return y.to(x.dtype), window[:, 1:]
+        return F.silu(y.to(x.dtype)), window[:, 1:]
 
 
 class HeadNorm(nn.Module):

@@ -23,9 +23,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mad.layers.convolution import convolve_short, convolve_short_step, short_taps
+from mad.layers.convolution import (
+    convolve_compiled,
+    convolve_short,
+    convolve_short_step,
+    short_taps,
+)
+from mad.layers.decay import at_least_float32
+from mad.layers.kernels import compiled, filter_kernel, known_kernel
 from mad.layers.layer import Layer, State, head_width
 from workbench.errors import ConfigError
+from workbench.integrations.kernels import Kernel
 
 NORM_EPSILON = 1e-6
 """Added to the square of a key's length before it is divided by it."""
@@ -34,11 +42,6 @@ NORM_EPSILON = 1e-6
 def unit(x: Float[Tensor, "*axes head"]) -> Float[Tensor, "*axes head"]:
     """x / |x|; zero stays zero."""
     return x * (x.square().sum(dim=-1, keepdim=True) + NORM_EPSILON).rsqrt()
-
-
-def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in float32, or in float64 where they come so: states are never narrower."""
-    return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
 
 
 def delta_rule_step(
@@ -86,6 +89,34 @@ def in_chunks(
     return x.unflatten(2, (-1, chunk)).movedim(2, 0).contiguous()
 
 
+def prepare_chunks(
+    chunk: int, state: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *parts: Tensor
+) -> tuple[Float[Tensor, "batch heads head value"], list[Tensor]]:
+    """The memory before the first chunk, and all tensors cut into chunks, in float32 at least.
+
+    What both delta rules start with; the memory is empty where no state is given.
+    """
+    cut = [in_chunks(x, chunk) for x in at_least_float32(q, k, v, *parts)]
+    if state is None:
+        memory = cut[1].new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
+    else:
+        (memory,) = at_least_float32(state)
+    return memory, cut
+
+
+def solve_chunks(
+    system: Float[Tensor, "*axes chunk chunk"],
+    values: Float[Tensor, "*axes chunk value"],
+    keys: Float[Tensor, "*axes chunk head"],
+) -> tuple[Float[Tensor, "*axes chunk value"], Float[Tensor, "*axes chunk head"]]:
+    """U and W of (I + stril(system)) [U W] = [values, keys], all chunks at once."""
+    right = torch.cat([values, keys], dim=-1)
+    # the solver reads the strict lower triangle only: the diagonal of ones is implied
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    u, w = solved.split((values.shape[-1], keys.shape[-1]), dim=-1)
+    return u, w
+
+
 def delta_rule_chunked(
     q: Float[Tensor, "batch heads time head"],
     k: Float[Tensor, "batch heads time head"],
@@ -101,7 +132,7 @@ def delta_rule_chunked(
     """
     length, chunk = q.shape[2], min(chunk, q.shape[2])
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v, beta = (in_chunks(x, chunk) for x in at_least_float32(q, k, v, beta))
+        memory, (q, k, v, beta) = prepare_chunks(chunk, state, q, k, v, beta)
         written, read, kept, reach = k * beta[..., None], q, k, None  # each (N, B, H, c, e)
         system, scores = written @ k.mT, (q @ k.mT).tril()  # (N, B, H, c, c)
         if log_decay is not None:
@@ -114,14 +145,7 @@ def delta_rule_chunked(
             kept = k * (total[..., -1:, :] - total).exp()
             written, read = written * total.exp(), q * total.exp()
             reach = total[..., -1:, :].exp().unbind(0)
-        right = torch.cat([v * beta[..., None], written], dim=-1)
-        # the solver reads the strict lower triangle only: the diagonal of ones is implied
-        solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-        u, w = solved.split((v.shape[-1], k.shape[-1]), dim=-1)
-
-        memory = k.new_zeros(*k.shape[1:3], k.shape[-1], v.shape[-1])
-        if state is not None:
-            (memory,) = at_least_float32(state)
+        u, w = solve_chunks(system, v * beta[..., None], written)
         outputs = []
         parts = (x.unbind(0) for x in (read, scores, kept.mT.contiguous(), u, w.contiguous()))
         for n, (read_n, scores_n, kept_n, u_n, w_n) in enumerate(zip(*parts, strict=True)):
@@ -138,6 +162,8 @@ class DeltaNet(Layer):
     State: H matrices of e² = 2 048 floats, and 9d = 1 152 for the short convolution.
     """
 
+    compiled = "delta_rule"
+
     def __init__(
         self,
         width: int,
@@ -146,6 +172,7 @@ class DeltaNet(Layer):
         short_conv: int = 4,
         negative_eigenvalues: bool = False,
         chunk: int = 32,
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
         head = head_width(width, num_heads, "deltanet")
@@ -155,6 +182,8 @@ class DeltaNet(Layer):
                 "(short_conv=1 is no convolution over time)"
             )
         self.width, self.num_heads, self.head, self.chunk = width, num_heads, head, chunk
+        self.kernel = known_kernel("deltanet", kernel)
+        self.kernels = {self.compiled: kernel, "causal_conv1d": filter_kernel(kernel)}
         self.most = 2.0 if negative_eigenvalues else 1.0
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.taps = short_taps(short_conv, 3 * width)
@@ -183,12 +212,16 @@ class DeltaNet(Layer):
 
     def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         """Chunk by chunk."""
-        qkv = F.silu(convolve_short(self.qkv(x), self.taps))
+        qkv = self.qkv(x)
+        filtered = convolve_compiled(qkv, self.taps, silu=True, kernel=self.kernel)
+        qkv = F.silu(convolve_short(qkv, self.taps)) if filtered is None else filtered
         q, k, v = (part.transpose(1, 2) for part in self.split(qkv))  # each (B, H, L, e)
-        beta, log_decay = self.gates(x)  # each (B, L, H)
-        if log_decay is not None:
-            log_decay = log_decay.transpose(1, 2)
-        mixed, _ = delta_rule_chunked(q, k, v, beta.transpose(1, 2), log_decay, chunk=self.chunk)
+        gates = [g.transpose(1, 2) for g in self.gates(x) if g is not None]  # each (B, H, L)
+        fused = compiled(self.compiled, self.kernel, q, x, self.head)
+        if fused is None:
+            mixed, _ = delta_rule_chunked(q, k, v, *gates, chunk=self.chunk)
+        else:
+            mixed = fused(q, k, v, *gates)
         return self.finish(mixed.transpose(1, 2), x)
 
     def initial_state(
@@ -243,6 +276,8 @@ class GatedDeltaNet(DeltaNet):
     SiLU(W_g x)). State as DeltaNet.
     """
 
+    compiled = "gated_delta_rule"
+
     def __init__(
         self,
         width: int,
@@ -251,6 +286,7 @@ class GatedDeltaNet(DeltaNet):
         short_conv: int = 4,
         negative_eigenvalues: bool = False,
         chunk: int = 32,
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__(
             width,
@@ -258,6 +294,7 @@ class GatedDeltaNet(DeltaNet):
             short_conv=short_conv,
             negative_eigenvalues=negative_eigenvalues,
             chunk=chunk,
+            kernel=kernel,
         )
         self.forget = nn.Linear(width, num_heads, bias=False)
         self.gate = nn.Linear(width, width, bias=False)

@@ -19,8 +19,10 @@ from mad.layers.decay import (
     channel_decay_step,
     split_heads,
 )
+from mad.layers.kernels import compiled, known_kernel
 from mad.layers.layer import Layer, State, head_width
 from workbench.errors import ConfigError
+from workbench.integrations.kernels import Kernel
 
 
 class GatedLinearAttention(Layer):
@@ -36,6 +38,7 @@ class GatedLinearAttention(Layer):
         clamp_min: float | None = None,
         norm_eps: float = 1e-5,
         form: Literal["factored", "halved"] = "factored",
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
         self.head = head_width(width, num_heads, "gated-linear-attention")
@@ -46,6 +49,8 @@ class GatedLinearAttention(Layer):
             )
         self.num_heads, self.gate_divisor, self.clamp_min = num_heads, gate_divisor, clamp_min
         self.form: ChannelForm = form
+        self.kernel = known_kernel("gated-linear-attention", kernel)
+        self.kernels = {"gla": kernel}
         self.q, self.k, self.v, self.gate, self.out = (
             nn.Linear(width, width, bias=False) for _ in range(5)
         )
@@ -74,7 +79,9 @@ class GatedLinearAttention(Layer):
 
     def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         """Chunks of time as matrix products."""
-        o, _ = channel_decay_chunked(*self._parts(x), form=self.form)
+        parts = self._parts(x)
+        fused = compiled("gla", self.kernel, parts[0], x)
+        o = fused(*parts) if fused else channel_decay_chunked(*parts, form=self.form)[0]
         return self._finish(o.transpose(1, 2), x)
 
     def initial_state(

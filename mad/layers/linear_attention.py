@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mad.layers.kernels import compiled, known_kernel
 from mad.layers.layer import Layer, State, head_width
 from workbench.errors import ConfigError, unknown_name
+from workbench.integrations.kernels import Kernel
 
 EPSILON = 1e-12
 NORM_EPSILON = 1e-4
@@ -239,6 +241,7 @@ class LinearAttention(Layer):
         key_width: int | None = None,
         form: Literal["auto", "parallel", "chunked"] = "auto",
         chunk: int = 64,
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
         head = head_width(width, num_heads, "linear-attention")
@@ -257,12 +260,20 @@ class LinearAttention(Layer):
         self.out = nn.Linear(width, width, bias=False)
         self.map_q = build_feature_map(feature_map, self.key_width)
         self.map_k = None if tie else build_feature_map(feature_map, self.key_width)
+        self.kernel = known_kernel("linear-attention", kernel)
+        plain = isinstance(self.map_q, TaylorMap) and not (norm_q or norm_k)
+        self.compiled = "based" if plain else "linear_attention"
+        self.kernels = {self.compiled: kernel}
 
-    def _features(self, x: Float[Tensor, "batch time width"]) -> tuple[Tensor, Tensor, Tensor]:
-        """φ(q), φ(k), v, each (B, H, L, ·), in float32 at least; v gets a 1 if keys are summed."""
+    def _heads(self, x: Float[Tensor, "batch time width"]) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v before the feature map, each (B, H, L, ·)."""
         keys = self.num_heads * self.key_width
         q, k, v = self.qkv(x).split((keys, keys, self.width), dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+        return q, k, v
+
+    def _features(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """φ(q), φ(k), v in float32 at least; v gets a 1 if keys are summed."""
         q, k = self.map_q(q), (self.map_k or self.map_q)(k)
         wide = torch.promote_types(v.dtype, torch.float32)
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
@@ -270,7 +281,11 @@ class LinearAttention(Layer):
             q = q / (q.sum(dim=-1, keepdim=True) + NORM_EPSILON)
         if self.norm_k:
             k = k / (k.sum(dim=-1, keepdim=True) + NORM_EPSILON)
-        return q, k, F.pad(v, (0, 1), value=1.0) if self.normalize == "sum" else v
+        return q, k, self._summed(v)
+
+    def _summed(self, v: Tensor) -> Tensor:
+        """v, with a column of ones where the sum of the keys is wanted."""
+        return F.pad(v, (0, 1), value=1.0) if self.normalize == "sum" else v
 
     def _read(self, mixed: Float[Tensor, "batch heads time sums"]) -> Tensor:
         if self.normalize == "rms":
@@ -281,7 +296,15 @@ class LinearAttention(Layer):
 
     def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         """Kernel attention over the past of each position."""
-        q, k, v = self._features(x)
+        q, k, v = self._heads(x)
+        fused = compiled(self.compiled, self.kernel, q, x, self.key_width)
+        if fused is not None:
+            features = self.compiled != "based"  # else the kernel makes them
+            mixed = fused(*self._features(q, k, v)) if features else fused(q, k, self._summed(v))
+            with torch.autocast(x.device.type, enabled=False):
+                mixed = self._read(mixed)
+            return self.out(mixed.to(self.out.weight.dtype))
+        q, k, v = self._features(q, k, v)
         form = self.form
         if form == "auto":
             chunks = prefers_chunks(x.shape[1], q.shape[-1], v.shape[-1], self.chunk)
@@ -313,7 +336,7 @@ class LinearAttention(Layer):
         self, x: Float[Tensor, "batch width"], state: State
     ) -> tuple[Float[Tensor, "batch width"], State]:
         """One token: added to the sums, then read from them."""
-        q, k, v = self._features(x[:, None])  # (B, H, 1, ·)
+        q, k, v = self._features(*self._heads(x[:, None]))  # (B, H, 1, ·)
         sums = state["sums"]
         if self.normalize == "sum":
             sums = torch.cat([sums, state["keys"][..., None]], dim=-1)

@@ -7,7 +7,6 @@ Glossary: D inner channels (also the skip), N state per channel.
 """
 
 import math
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mad.layers.decay import ShortConvolution, at_least_float32, no_autocast
+from mad.layers.kernels import compiled, filter_kernel, known_kernel
 from mad.layers.layer import Layer, State
 from workbench.errors import ConfigError
-from workbench.integrations.kernels import fused_kernel
+from workbench.integrations.kernels import Kernel
 from workbench.mamba import selective_scan
 
 
@@ -42,14 +42,6 @@ def without_decay(value: Tensor) -> nn.Parameter:
     return parameter
 
 
-def scan_kernel(name: str, kernel: Literal["auto", "torch", "cuda"], x: Tensor) -> Any:
-    """The compiled scan of that name, or None where torch computes it."""
-    if kernel == "torch" or (kernel == "auto" and (not x.is_cuda or x.dtype == torch.float64)):
-        return None
-    wanted = "fused" if kernel == "cuda" else "auto"
-    return fused_kernel(name, wanted, device=x.device.type)[0]
-
-
 class Mamba(Layer):
     """Selective state space; par 107 264 and state D·N + 3D = 1 024 + 768 at width 128.
 
@@ -68,13 +60,15 @@ class Mamba(Layer):
         dt_max: float = 0.1,
         dt_scale: float = 1.0,
         dt_init_floor: float = 1e-4,
-        kernel: Literal["auto", "torch", "cuda"] = "auto",
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
         for name, value in (("d_state", d_state), ("d_conv", d_conv), ("expand", expand)):
             if value < 1:
                 raise ConfigError(f"mamba: {name}={value}; it must be at least 1")
-        self.inner, self.d_state, self.kernel = expand * width, d_state, kernel
+        self.inner, self.d_state = expand * width, d_state
+        self.kernel = known_kernel("mamba", kernel)
+        self.kernels = {"selective_scan": kernel, "causal_conv1d": filter_kernel(kernel)}
         self.dt_rank = dt_rank or math.ceil(width / 16)
         inner, rank = self.inner, self.dt_rank
         self.input = nn.Linear(width, 2 * inner, bias=False)
@@ -97,18 +91,10 @@ class Mamba(Layer):
     def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         """The scan over blocks of time with a backward of its own, or the compiled one."""
         u, z = self.input(x).chunk(2, dim=-1)
-        u, delta, A, B, C = self._rates(F.silu(self.convolution(u)))
-        compiled = scan_kernel("selective_scan", self.kernel, u)
+        u, delta, A, B, C = self._rates(self.convolution(u, self.kernel))
+        fused = compiled("selective_scan", self.kernel, u, x, self.d_state)
         with no_autocast(x):
-            if compiled is None:
-                y, _ = selective_scan(u, delta, A, B, C)
-            else:  # channels before time
-                y = compiled(
-                    *(v.mT.contiguous() for v in (u, delta)),
-                    A,
-                    B.mT.contiguous(),
-                    C.mT.contiguous(),
-                ).mT
+            y = selective_scan(u, delta, A, B, C)[0] if not fused else fused(u, delta, A, B, C)
             y = torch.addcmul(y, u, self.D)
         return self.out((y * F.silu(z)).to(x.dtype))
 
@@ -133,7 +119,7 @@ class Mamba(Layer):
         """The equation for one token."""
         u, z = self.input(x).chunk(2, dim=-1)
         u, inputs = self.convolution.step(u, state["inputs"])
-        u, delta, A, B, C = self._rates(F.silu(u))
+        u, delta, A, B, C = self._rates(u)
         h = torch.exp(delta[..., None] * A) * state["state"]
         h = h + (delta * u)[..., None] * B[:, None]
         y = (h * C[:, None]).sum(-1) + self.D * u

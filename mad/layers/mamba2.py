@@ -5,17 +5,17 @@ S_t = exp(−Δ_t e^a) S_{t−1} + Δ_t x_t B_tᵀ;   y_t = S_t C_t + D x_t  per
 out = W_o RMSNorm(y ⊙ SiLU(z))                                     [arXiv 2405.21060, §6, §7]
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mad.layers.decay import ShortConvolution, at_least_float32, no_autocast
+from mad.layers.kernels import compiled, filter_kernel, known_kernel
 from mad.layers.layer import Layer, State
-from mad.layers.mamba import scan_kernel, step_size_bias, without_decay
+from mad.layers.mamba import step_size_bias, without_decay
 from workbench.errors import ConfigError
+from workbench.integrations.kernels import Kernel
 from workbench.mamba import chunked_scan
 
 
@@ -35,7 +35,7 @@ class Mamba2(Layer):
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
         norm_eps: float = 1e-5,
-        kernel: Literal["auto", "torch", "cuda"] = "auto",
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
         inner = expand * width
@@ -49,7 +49,9 @@ class Mamba2(Layer):
                 f"multiple of head_dim={head_dim}, and the heads a multiple of groups={groups}"
             )
         self.inner, self.d_state, self.head_dim, self.groups = inner, d_state, head_dim, groups
-        self.num_heads, self.chunk, self.kernel = inner // head_dim, chunk, kernel
+        self.num_heads, self.chunk = inner // head_dim, chunk
+        self.kernel = known_kernel("mamba2", kernel)
+        self.kernels = {"ssd": kernel, "causal_conv1d": filter_kernel(kernel)}
         self.filtered = inner + 2 * groups * d_state
         self.input = nn.Linear(width, inner + self.filtered + self.num_heads, bias=False)
         self.convolution = ShortConvolution(self.filtered, d_conv)
@@ -66,7 +68,7 @@ class Mamba2(Layer):
     def _rates(self, xBC: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
         """u, Δ, A, B, C in single precision or finer; heads and groups are axes."""
         size = self.groups * self.d_state
-        u, B, C = F.silu(xBC).split([self.inner, size, size], dim=-1)
+        u, B, C = xBC.split([self.inner, size, size], dim=-1)
         u = u.unflatten(-1, (self.num_heads, self.head_dim))
         B, C = (part.unflatten(-1, (self.groups, self.d_state)) for part in (B, C))
         u, delta, A_log, B, C = at_least_float32(u, delta + self.dt_bias, self.A_log, B, C)
@@ -81,13 +83,13 @@ class Mamba2(Layer):
     def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         """The chunked scan, or the compiled one."""
         z, xBC, delta = self._project(x)
-        u, delta, A, B, C = self._rates(self.convolution(xBC), delta)
-        compiled = scan_kernel("ssd", self.kernel, u)
+        u, delta, A, B, C = self._rates(self.convolution(xBC, self.kernel), delta)
+        fused = compiled("ssd", self.kernel, u, x)
         with no_autocast(x):
-            if compiled is None:
+            if fused is None:
                 y, _ = chunked_scan(u, delta, A, B, C, chunk=self.chunk)
             else:
-                y = compiled(u, delta, A, B, C, chunk_size=max(self.chunk, 16))
+                y = fused(u, delta, A, B, C, self.chunk)
         return self._finish(y, u, z)
 
     def initial_state(

@@ -75,6 +75,9 @@ class LinearAttentionOptions:
     """One masked product, or chunks; `auto` counts multiplications. Both are exact."""
     chunk: int = 64
     """Positions of a chunk."""
+    kernel: Literal["auto", "reference", "fused"] = "auto"
+    """`fused` is the kernel of flash-linear-attention, if it is installed; `auto` takes it on a GPU
+    where the layer computes in half precision."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,9 @@ class BasedOptions:
     """A position attends softly to itself and this many positions before it."""
     backend: Literal["auto", "sdpa", "flash", "eager"] = "auto"
     """How the window's softmax is computed."""
+    kernel: Literal["auto", "reference", "fused"] = "auto"
+    """`fused` is the kernel of flash-linear-attention, if it is installed; `auto` takes it on a GPU
+    where the layer computes in half precision."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +187,8 @@ class MambaOptions:
     """Scale of the step-size map's weights at the start."""
     dt_init_floor: float = 1e-4
     """No step size starts below this."""
-    kernel: Literal["auto", "torch", "cuda"] = "auto"
-    """`cuda` is the kernel of mamba-ssm; `auto` takes it where it is installed and x on a GPU."""
+    kernel: Literal["auto", "reference", "fused"] = "auto"
+    """`fused` is the kernel of mamba-ssm, `auto` takes it on a GPU where it is installed."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +203,9 @@ class DeltaNetOptions:
     """Writes up to twice the difference (β in (0, 2)): a step may then flip what a key holds."""
     chunk: int = 32
     """Tokens whose writes one triangular system yields; any length gives the same numbers."""
+    kernel: Literal["auto", "reference", "fused"] = "auto"
+    """`fused` is the kernel of flash-linear-attention, if it is installed; `auto` takes it on a GPU
+    where the layer computes in half precision."""
 
 
 @dataclass(frozen=True)
@@ -258,6 +267,9 @@ class GatedLinearAttentionOptions:
     """Added to the mean square in the norm of each head."""
     form: Literal["factored", "halved"] = "factored"
     """How a chunk is computed: split at its middle, or exactly for any decay."""
+    kernel: Literal["auto", "reference", "fused"] = "auto"
+    """`fused` is the kernel of flash-linear-attention, if it is installed; `auto` takes it on a GPU
+    where the layer computes in half precision."""
 
 
 @dataclass(frozen=True)
@@ -282,8 +294,8 @@ class Mamba2Options:
     """Largest step size at the start."""
     norm_eps: float = 1e-5
     """Added to the mean square in the norm before the output map."""
-    kernel: Literal["auto", "torch", "cuda"] = "auto"
-    """`cuda` is the kernel of mamba-ssm; `auto` takes it where it is installed and x on a GPU."""
+    kernel: Literal["auto", "reference", "fused"] = "auto"
+    """`fused` is the kernel of mamba-ssm, `auto` takes it on a GPU where it is installed."""
 
 
 @dataclass(frozen=True)
@@ -296,6 +308,9 @@ class RetNetOptions:
     """Channels that turn fast forget faster, on top of the decay of their head."""
     norm_eps: float = 1e-5
     """Added to the variance in the norm of each head."""
+    kernel: Literal["auto", "reference", "fused"] = "auto"
+    """`fused` is the kernel of flash-linear-attention, if it is installed; `auto` takes it on a GPU
+    where the layer computes in half precision."""
 
 
 @dataclass(frozen=True)
@@ -312,6 +327,9 @@ class RWKV7Options:
     """Rank of the output gate."""
     chunk: int = 32
     """Tokens whose removals one triangular system yields; any length gives the same numbers."""
+    kernel: Literal["auto", "reference", "fused"] = "auto"
+    """`fused` is the kernel of flash-linear-attention, if it is installed; `auto` takes it on a GPU
+    where the layer computes in half precision."""
 
 
 @dataclass(frozen=True)
@@ -324,6 +342,9 @@ class RWKV5TimeMixerOptions:
     """What is read from the state is divided by this before its norm."""
     form: Literal["factored", "halved"] = "factored"
     """How a chunk is computed: split at its middle, or exactly for any decay."""
+    kernel: Literal["auto", "reference", "fused"] = "auto"
+    """`fused` is the kernel of flash-linear-attention, if it is installed; `auto` takes it on a GPU
+    where the layer computes in half precision."""
 
 
 @dataclass(frozen=True)
@@ -338,6 +359,9 @@ class RWKV6TimeMixerOptions:
     """Rank of the map that makes the decays."""
     form: Literal["factored", "halved"] = "halved"
     """How a chunk is computed: split at its middle, or exactly for any decay."""
+    kernel: Literal["auto", "reference", "fused"] = "auto"
+    """`fused` is the kernel of flash-linear-attention, if it is installed; `auto` takes it on a GPU
+    where the layer computes in half precision."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mad.layers.decay import HeadNorm, at_least_float32, no_autocast, split_heads
+from mad.layers.kernels import compiled, known_kernel
 from mad.layers.layer import Layer, State, head_width
 from workbench.errors import ConfigError
+from workbench.integrations.kernels import Kernel
 
 CHUNK_STEPS = 64
 
@@ -95,7 +97,13 @@ class RetNet(Layer):
     """Multi-scale retention; par 82 176 and state H·e² = 2 048 with eight heads at width 128."""
 
     def __init__(
-        self, width: int, *, num_heads: int = 8, xpos: bool = True, norm_eps: float = 1e-5
+        self,
+        width: int,
+        *,
+        num_heads: int = 8,
+        xpos: bool = True,
+        norm_eps: float = 1e-5,
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
         self.head = head_width(width, num_heads, "retnet")
@@ -105,6 +113,9 @@ class RetNet(Layer):
                 f"so that {width} / num_heads is even"
             )
         self.num_heads, self.xpos = num_heads, xpos
+        self.kernel = known_kernel("retnet", kernel)
+        self.compiled = "gla" if xpos else "retention"  # ζ is a decay of its own per channel
+        self.kernels = {self.compiled: kernel}
         self.q, self.k, self.v, self.gate, self.out = (
             nn.Linear(width, width, bias=False) for _ in range(5)
         )
@@ -129,8 +140,16 @@ class RetNet(Layer):
     def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         """Chunks of time as matrix products."""
         q, k, v = self._parts(x, torch.arange(x.shape[1], device=x.device))
+        fused = compiled(self.compiled, self.kernel, q, x)
         with no_autocast(x):
-            o, _ = retention_chunked(q, k, v, **self._rates(q))
+            if fused is None:
+                o, _ = retention_chunked(q, k, v, **self._rates(q))
+            elif self.xpos:
+                rates = self._rates(q)
+                decay = rates["gamma"].log()[:, None] + rates["zeta"].log()  # (H, e)
+                o = fused(q, k, v, decay[None, :, None])
+            else:
+                o = fused(q, k, v)
         return self.out((self.norm(o.transpose(1, 2)) * F.silu(self.gate(x))).to(x.dtype))
 
     def initial_state(

@@ -27,8 +27,10 @@ from mad.layers.decay import (
     split_heads,
     token_shift,
 )
+from mad.layers.kernels import compiled, known_kernel
 from mad.layers.layer import Layer, State
 from workbench.errors import ConfigError
+from workbench.integrations.kernels import Kernel
 
 # exp(−exp(10)) is zero in double precision too; beyond it exp would overflow.
 LARGEST_RATE = 10.0
@@ -64,7 +66,13 @@ class _TimeMixer(_Shifting, ABC):
     """What versions 5 and 6 share: projections, bonus, decay, norm, gate and their forms."""
 
     def __init__(
-        self, width: int, head_dim: int, eps: float, form: ChannelForm, ratios: tuple[float, float]
+        self,
+        width: int,
+        head_dim: int,
+        eps: float,
+        form: ChannelForm,
+        ratios: tuple[float, float],
+        kernel: Kernel,
     ) -> None:
         super().__init__()
         if head_dim < 1 or width % head_dim:
@@ -73,6 +81,8 @@ class _TimeMixer(_Shifting, ABC):
             )
         self.width, self.head_dim, self.num_heads = width, head_dim, width // head_dim
         self.form: ChannelForm = form
+        self.kernel = known_kernel("rwkv", kernel)
+        self.kernels = {"rwkv6": kernel}  # version 5 is version 6 with a decay that stays
         deep, _ = ratios
         place = torch.arange(width) / max(width - 1, 1)
         zigzag = 0.1 * ((torch.arange(width) + 1) % 3 - 1)
@@ -103,8 +113,12 @@ class _TimeMixer(_Shifting, ABC):
     def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         """Chunks of time as matrix products."""
         gate, r, k, v, g = self._parts(x, token_shift(x))
-        g = g.expand(-1, -1, x.shape[1], -1)
-        o, _ = channel_decay_chunked(r, k, v, g, self.bonus, form=self.form)
+        fused = compiled("rwkv6", self.kernel, r, x)
+        if fused is None:
+            g = g.expand(-1, -1, x.shape[1], -1)
+            o, _ = channel_decay_chunked(r, k, v, g, self.bonus, form=self.form)
+        else:
+            o = fused(r, k, v, g, self.bonus)
         return self._finish(o.transpose(1, 2), gate)
 
     def initial_state(
@@ -154,11 +168,12 @@ class RWKV5TimeMixer(_TimeMixer):
         head_dim: int = 16,
         divisor: float = 8.0,
         form: ChannelForm = "factored",
+        kernel: Kernel = "auto",
         layer_id: int = 0,
         n_layers: int = 1,
     ) -> None:
         ratios = deep, early = depth_ratios(layer_id, n_layers)
-        super().__init__(width, head_dim, 1e-5, form, ratios)
+        super().__init__(width, head_dim, 1e-5, form, ratios, kernel)
         self.divisor = divisor
         ramp = torch.arange(width) / width
         mixes = ramp**early, ramp**early + 0.3 * deep, ramp ** (early / 2), ramp ** (early / 2)
@@ -180,6 +195,7 @@ class RWKV6TimeMixer(_TimeMixer):
         mix_rank: int = 32,
         decay_rank: int = 64,
         form: ChannelForm = "halved",
+        kernel: Kernel = "auto",
         layer_id: int = 0,
         n_layers: int = 1,
     ) -> None:
@@ -189,7 +205,7 @@ class RWKV6TimeMixer(_TimeMixer):
                 "least 1"
             )
         ratios = deep, early = depth_ratios(layer_id, n_layers)
-        super().__init__(width, head_dim, 64e-5, form, ratios)
+        super().__init__(width, head_dim, 64e-5, form, ratios, kernel)
         ramp = torch.arange(width) / width
         slow, fast = 1 - ramp**early, 1 - ramp ** (early / 2)
         self.mix_base = nn.Parameter(slow.clone())

@@ -26,9 +26,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mad.layers.delta import at_least_float32, in_chunks, unit
+from mad.layers.decay import at_least_float32
+from mad.layers.delta import prepare_chunks, solve_chunks, unit
+from mad.layers.kernels import compiled, known_kernel
 from mad.layers.layer import Layer, State
 from workbench.errors import ConfigError
+from workbench.integrations.kernels import Kernel
 
 LONGEST_CHUNK = 128
 """The products of factors stay below float32's largest number up to this many tokens."""
@@ -91,10 +94,8 @@ def generalised_delta_chunked(
     """
     length, chunk = r.shape[2], min(chunk, r.shape[2])
     with torch.autocast(r.device.type, enabled=False):
-        r, log_decay, k, v, removal, rate = (
-            in_chunks(x, chunk)  # (N, B, H, c, e)
-            for x in at_least_float32(r, log_decay, k, v, removal, rate)
-        )
+        memory, parts = prepare_chunks(chunk, state, r, k, v, log_decay, removal, rate)
+        r, k, v, log_decay, removal, rate = parts  # each (N, B, H, c, e)
         total = log_decay.cumsum(dim=-2)  # G
         before = total - log_decay  # G_{t−1}
         middle = total[..., chunk // 2, :][..., None, :]  # M
@@ -103,12 +104,8 @@ def generalised_delta_chunked(
         asked, placed = removal * (before - middle).exp(), rate * removal
         removed, written = placed * grow, k * grow  # Â, K̃
         system = asked @ removed.mT  # (N, B, H, c, c)
-        right = torch.cat(
-            [(asked @ written.mT).tril(-1) @ v, removal * before.exp()], dim=-1
-        )  # of V and of S₀
-        # the solver reads the strict lower triangle only: the diagonal of ones is implied
-        solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-        u, w = solved.split((v.shape[-1], k.shape[-1]), dim=-1)
+        # what is removed of V and of S₀
+        u, w = solve_chunks(system, (asked @ written.mT).tril(-1) @ v, removal * before.exp())
         reading = r * shrink
         scores = (reading @ removed.mT).tril()
         own = (reading @ written.mT).tril() @ v - scores @ u  # what does not pass through S₀
@@ -117,9 +114,6 @@ def generalised_delta_chunked(
         forgotten = (placed * rest).mT.contiguous()  # (N, B, H, e, c)
         gained = (k * rest).mT @ v - forgotten @ u
 
-        memory = k.new_zeros(*k.shape[1:3], k.shape[-1], v.shape[-1])
-        if state is not None:
-            (memory,) = at_least_float32(state)
         outputs = []
         parts = (x.unbind(0) for x in (own, carried, last.exp().mT, gained, forgotten @ w))
         for own_n, carried_n, decay_n, gained_n, lost_n in zip(*parts, strict=True):
@@ -166,6 +160,7 @@ class RWKV7TimeMixer(Layer):
         rate_rank: int = 32,
         gate_rank: int = 64,
         chunk: int = 32,
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
         if head_dim < 1 or width % head_dim:
@@ -182,6 +177,8 @@ class RWKV7TimeMixer(Layer):
             raise ConfigError(f"rwkv7: chunk={chunk}; expected 1 to {LONGEST_CHUNK}")
         self.width, self.head, self.chunk = width, head_dim, chunk
         self.num_heads = width // head_dim
+        self.kernel = known_kernel("rwkv7", kernel)
+        self.kernels = {"rwkv7": kernel}
         place = torch.arange(width) / width
         powers = torch.tensor([0.2, 0.9, 0.7, 0.7, 0.9, 0.2])  # of r, w, k, v, a, g
         self.mix = nn.Parameter(1 - place ** powers[:, None])
@@ -238,7 +235,13 @@ class RWKV7TimeMixer(Layer):
         """Chunk by chunk."""
         parts, gate = self.streams(x, F.pad(x, (0, 0, 1, 0))[:, :-1])
         r, log_decay, k, v, removal, rate = (part.transpose(1, 2) for part in parts)  # (B, H, L, e)
-        mixed, _ = generalised_delta_chunked(r, log_decay, k, v, removal, rate, chunk=self.chunk)
+        fused = compiled("rwkv7", self.kernel, r, x, self.head)
+        if fused is None:
+            mixed, _ = generalised_delta_chunked(
+                r, log_decay, k, v, removal, rate, chunk=self.chunk
+            )
+        else:
+            mixed = fused(r, log_decay, k, v, removal, rate)
         return self.finish(mixed.transpose(1, 2), parts, gate)
 
     def initial_state(

@@ -9,7 +9,7 @@ import sys
 
 EXTRAS = (
     "wandb", "ray", "mlx", "mlx_lm", "lm_eval", "mamba_ssm", "causal_conv1d", "flash_attn",
-    "fast_hadamard_transform", "schedulefree", "hqq", "optimum",
+    "fast_hadamard_transform", "fla", "schedulefree", "hqq", "optimum",
 )  # fmt: skip
 
 

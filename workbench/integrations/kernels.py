@@ -17,10 +17,20 @@ from workbench.errors import MissingExtra, unknown_name
 
 Kernel = Literal["auto", "reference", "fused"]
 
+FLA = "flash-linear-attention"
+
 KERNELS: dict[str, tuple[str, str]] = {
     "selective_scan": ("mamba-ssm", "mamba_ssm.ops.selective_scan_interface:selective_scan_fn"),
     "ssd": ("mamba-ssm", "mamba_ssm.ops.triton.ssd_combined:mamba_chunk_scan_combined"),
     "causal_conv1d": ("causal-conv1d", "causal_conv1d:causal_conv1d_fn"),
+    "gla": (FLA, "fla.ops.gla:chunk_gla"),
+    "rwkv6": (FLA, "fla.ops.rwkv6:chunk_rwkv6"),
+    "rwkv7": (FLA, "fla.ops.rwkv7:chunk_rwkv7"),
+    "retention": (FLA, "fla.ops.retention:chunk_retention"),
+    "linear_attention": (FLA, "fla.ops.linear_attn:chunk_linear_attn"),
+    "based": (FLA, "fla.ops.based:parallel_based"),
+    "delta_rule": (FLA, "fla.ops.delta_rule:chunk_delta_rule"),
+    "gated_delta_rule": (FLA, "fla.ops.gated_delta_rule:chunk_gated_delta_rule"),
     "flash_attention": ("flash-attn", "flash_attn:flash_attn_func"),
     "hadamard": ("fast-hadamard-transform", "fast_hadamard_transform:hadamard_transform"),
 }
