@@ -123,6 +123,7 @@ def test_feature_norms_divide_by_the_sum(forms):
         for options in ("", ",norm_q=true,norm_k=true")
     )
     x = forms.noise(1, 3, 16)
+    pairs = (layer._features(*layer._heads(x))[:2] for layer in (plain, normed))
     for before, after in zip(*pairs, strict=True):
         torch.testing.assert_close(after, before / (before.sum(-1, keepdim=True) + 1e-4))
 
