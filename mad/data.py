@@ -20,16 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from mad.dataset import DataSet, data_set
+from mad.published import load_published, verify_published
 from mad.registry import TASKS, task_spec
-from mad.store import (
-    DataSet,
-    data_set,
-    leakage_warning,
-    load_published,
-    make,
-    verify,
-    verify_published,
-)
+from mad.store import leakage_warning, make, verify
 from mad.tasks.task import IGNORE, Rows, Split, Task, generate
 from workbench.cli import RunField, RunOptions, cli
 from workbench.errors import ConfigError, DataError

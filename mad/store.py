@@ -16,25 +16,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
 
 import numpy as np
 
-from mad.registry import TASKS, build_task, task_spec
-from mad.tasks.task import IGNORE, Rows, Split, Task, generate, generate_splits
+from mad.dataset import DataSet
+from mad.tasks.task import IGNORE, Rows, Split, generate, generate_splits
 from workbench.errors import ConfigError, DataError
 from workbench.storage import atomic_write, fsync_directory, read_json, write_json
-
-FORMAT = 1
-"""Version of the layout of a data set."""
 
 SHARD_ROWS = 16384
 """Rows of one file, a multiple of the generators' block."""
@@ -42,172 +36,6 @@ SHARD_ROWS = 16384
 MANIFEST = "manifest.json"
 LEAKAGE_LIMIT = 0.001
 """Share of test rows that may occur in training before a warning."""
-
-# ---------------------------------------------------------------- names
-
-_FIELDS: dict[str, tuple[str, type]] = {
-    "vocab_size": ("vs", int),
-    "seq_len": ("sl", int),
-    "num_train_examples": ("ntr", int),
-    "num_test_examples": ("nte", int),
-    "k_motif_size": ("km", int),
-    "v_motif_size": ("vm", int),
-    "multi_query": ("mq", bool),
-    "frac_noise": ("fn", float),
-    "noise_vocab_size": ("nvs", int),
-    "num_tokens_to_copy": ("ntc", int),
-    "seed": ("s", int),
-}
-_ABSENT = {
-    "k_motif_size": 1,
-    "v_motif_size": 1,
-    "multi_query": True,
-    "frac_noise": 0.0,
-    "noise_vocab_size": 0,
-    "num_tokens_to_copy": 0,
-}
-
-
-def make_name(fields: dict[str, Any]) -> str:
-    """The published name of a data set; an option the task has not takes the published default.
-
-    True is `mq-1` and False `mq-0` (the published code writes 1 for both). A `key` is put behind.
-
-    >>> make_name({"task": "in-context-recall", "vocab_size": 16, "seq_len": 128, "seed": 12345,
-    ...            "num_train_examples": 12800, "num_test_examples": 1280})
-    't-CR_vs-16_sl-128_ntr-12800_nte-1280_km-1_vm-1_mq-1_fn-0#0_nvs-0_ntc-0_s-12345'
-    """
-    task = fields["task"]
-    short = TASKS[task].short if task in TASKS else quote(task, safe="")
-    parts = [f"t-{short}"]
-    for name, (letters, kind) in _FIELDS.items():
-        value = fields.get(name, _ABSENT.get(name))
-        if value is None:
-            raise ConfigError(f"a data set of {task} has no name without {name}")
-        text = str(int(value)) if kind is not float else str(float(value)).replace(".", "#")
-        parts.append(f"{letters}-{text}")
-    if "key" in fields:
-        parts.append(f"k-{fields['key']}")
-    return "_".join(parts)
-
-
-def parse(path: Path | str) -> dict[str, Any]:
-    """The fields of a data set's folder name: the inverse of `make_name`.
-
-    >>> parse("data/t-SC_vs-16_sl-256_ntr-9_nte-4_km-1_vm-1_mq-0_fn-0#2_nvs-0_ntc-16_s-1")["task"]
-    'selective-copying'
-    """
-    name = Path(path).name
-    pattern = "_".join(f"{letters}-([^_]+)" for letters, _ in _FIELDS.values())
-    found = re.fullmatch(rf"t-(.+?)_{pattern}(?:_k-([0-9a-f]+))?", name)
-    if not found:
-        raise DataError(
-            f"{name[:200]!r} is no name of a data set; expected e.g. t-CR_vs-16_sl-128_ntr-12800_"
-            "nte-1280_km-1_vm-1_mq-1_fn-0#0_nvs-0_ntc-0_s-12345"
-        )
-    short, *texts, key = found.groups()
-    shorthands = {spec.short: task for task, spec in TASKS.items()}
-    fields: dict[str, Any] = {"task": shorthands.get(short) or unquote(short)}
-    for (field, (_, kind)), text in zip(_FIELDS.items(), texts, strict=True):
-        try:
-            if kind is bool and text not in ("0", "1"):
-                raise ValueError
-            fields[field] = kind(text.replace("#", ".")) if kind is float else kind(int(text))
-        except ValueError:
-            raise DataError(f"{name[:200]!r}: {field} is {text!r}, no {kind.__name__}") from None
-    return fields | ({"key": key} if key else {})
-
-
-PUBLISHED_SEED = 12345
-"""Seed in the names of the published data sets."""
-
-
-# ---------------------------------------------------------------- what a data set is
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """A task setting with the sizes of its splits and the seed."""
-
-    task: str
-    """Task name, or module:Class."""
-    setting: Task
-    """The task with its options."""
-    num_train_examples: int
-    """Rows of the training split."""
-    num_test_examples: int = 1280
-    """Rows of the test split, and of the validation split."""
-    seed: int = 12345
-    """Seed of the generators."""
-    legacy: bool = False
-    """Published order of calls, row by row from one stream."""
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Everything the bytes depend on."""
-        return {
-            "task": self.task,
-            "task_class": type(self.setting).__qualname__,
-            "task_version": self.setting.version,
-            "options": asdict(self.setting),
-            "num_train_examples": self.num_train_examples,
-            "num_test_examples": self.num_test_examples,
-            "seed": self.seed,
-            "legacy": self.legacy,
-            "format": FORMAT,
-        }
-
-    @property
-    def key(self) -> str:
-        """SHA-256 of the canonical configuration."""
-        text = json.dumps(self.config, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """What the published name holds."""
-        own = {name: value for name, value in asdict(self.setting).items() if name in _FIELDS}
-        sizes = (self.num_train_examples, self.num_test_examples)
-        named = dict(zip(("num_train_examples", "num_test_examples"), sizes, strict=True))
-        return {"task": self.task, "seed": self.seed, **_ABSENT, **own, **named}
-
-    @property
-    def published_name(self) -> str:
-        """Folder name of the same set in the published data."""
-        return make_name(self.fields)
-
-    @property
-    def name(self) -> str:
-        """Folder name: the published one and the first digits of the key."""
-        return make_name(self.fields | {"key": self.key[:8]})
-
-    @property
-    def sizes(self) -> dict[Split, int]:
-        """Rows of each split."""
-        test = self.num_test_examples
-        return {"train": self.num_train_examples, "val": test, "test": test}
-
-
-def data_set(
-    task: str,
-    options: dict[str, Any],
-    *,
-    num_test_examples: int = 1280,
-    seed: int = 12345,
-    legacy: bool = False,
-) -> DataSet:
-    """The data set of a task with the given options over its baseline (see `build_task`)."""
-    setting, n_train = build_task(task, options)
-    for name, n in (("num_train_examples", n_train), ("num_test_examples", num_test_examples)):
-        if n < 1:
-            raise ConfigError(f"{name}={n}: a data set needs at least one row in every split")
-    return DataSet(task, setting, n_train, num_test_examples, seed, legacy)
-
-
-def published_sets(tasks: Iterable[str] = ()) -> list[DataSet]:
-    """The data sets of the published grid (66 for the six tasks), or those of the named tasks."""
-    names = list(tasks) or [name for name, spec in TASKS.items() if spec.benchmark]
-    return [data_set(name, one) for name in names for one in task_spec(name).settings()]
 
 
 # ---------------------------------------------------------------- writing
@@ -393,14 +221,14 @@ def load(root: Path | str, data: DataSet, split: Split) -> Rows:
     rows = _mapped(Path(root) / data.name, sorted(manifest["files"]), split)
     expected = (data.sizes[split], data.setting.length)
     for name, part in zip(Rows._fields, rows, strict=True):
-        _check_array(part, f"{data.name}/{split}/{name}", expected, data.setting.vocab_size)
+        check_array(part, f"{data.name}/{split}/{name}", expected, data.setting.vocab_size)
     return rows
 
 
 def _mapped(folder: Path, files: list[str], split: Split) -> Rows:
     parts = {}
     for name in Rows._fields:
-        shards = [_open_array(folder / file) for file in files if f"{split}/{name}-" in file]
+        shards = [open_array(folder / file) for file in files if f"{split}/{name}-" in file]
         if shards:
             parts[name] = shards[0] if len(shards) == 1 else np.concatenate(shards)
     if "inputs" not in parts or "answers" not in parts:
@@ -408,7 +236,8 @@ def _mapped(folder: Path, files: list[str], split: Split) -> Rows:
     return Rows(parts["inputs"], parts["answers"], parts.get("dense", parts["answers"]))
 
 
-def _open_array(path: Path) -> np.ndarray:
+def open_array(path: Path) -> np.ndarray:
+    """An array of a file, memory-mapped; DataError if there is none."""
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
@@ -417,7 +246,7 @@ def _open_array(path: Path) -> np.ndarray:
         raise DataError(f"{path}: no array ({str(error)[:200]}); it is damaged") from None
 
 
-def _check_array(
+def check_array(
     array: np.ndarray, where: str, shape: tuple[int, int] | None, vocab_size: int
 ) -> None:
     """Shape, integer type and token range of an array."""
@@ -451,7 +280,7 @@ def verify(root: Path | str, data: DataSet) -> dict[str, Any]:
         state = "is not in the manifest" if name in there else "is missing"
         raise DataError(f"{folder / name} {state}; remove the data set and make it again")
     for name, known in manifest["files"].items():
-        array = _open_array(folder / name)
+        array = open_array(folder / name)
         found = {
             "shape": list(array.shape),
             "dtype": array.dtype.newbyteorder("<").str,
@@ -497,62 +326,3 @@ def leakage_warning(data: DataSet, manifest: dict[str, Any]) -> str:
     if data.setting.repeats_rows or share <= LEAKAGE_LIMIT:
         return ""
     return f"{data.name}: {share:.2%} of the test rows occur in training"
-
-
-# ---------------------------------------------------------------- the published data sets
-
-
-def published_arrays(root: Path | str, data: DataSet) -> dict[str, Path]:
-    """The four files of a published data set: `train|test/inputs|targets.npy`."""
-    folder = Path(root) / data.published_name
-    if not folder.is_dir():
-        names = [p.name for p in Path(root).glob("t-*")] if Path(root).is_dir() else []
-        raise DataError(
-            f"{folder}: no such published data set; {root} holds {len(names)} of them"
-            + (f", e.g. {sorted(names)[0]}" if names else "")
-        )
-    return {
-        f"{split}/{name}": folder / split / f"{name}.npy"
-        for split in ("train", "test")
-        for name in ("inputs", "targets")
-    }
-
-
-def load_published(root: Path | str, data: DataSet, split: Split) -> Rows:
-    """A split of a published data set, memory-mapped and checked for shape and vocabulary.
-
-    The published files hold one array of targets: dense ones for training, answers for the test.
-    So answers and dense targets are the same array here. There is no validation split.
-    """
-    if split == "val":
-        raise DataError("the published data sets have no validation split; use train or test")
-    paths = published_arrays(root, data)
-    parts = []
-    for name in ("inputs", "targets"):
-        array = _open_array(paths[f"{split}/{name}"])
-        expected = (data.sizes[split], data.setting.length)
-        where = f"{data.published_name}/{split}/{name}"
-        _check_array(array, where, expected, data.setting.vocab_size)
-        parts.append(array)
-    return Rows(parts[0], parts[1], parts[1])
-
-
-def verify_published(
-    root: Path | str, data: DataSet, hashes: dict[str, str] | None = None
-) -> dict[str, str]:
-    """Check both splits of a published data set; gives the SHA-256 of its arrays.
-
-    `hashes` (`<folder>/<split>/<array>` → SHA-256) are those known from an earlier look.
-    """
-    found = {}
-    for split in ("train", "test"):
-        rows = load_published(root, data, split)
-        for name, part in (("inputs", rows.inputs), ("targets", rows.answers)):
-            where = f"{data.published_name}/{split}/{name}"
-            found[where] = digest_of(part)
-            known = (hashes or {}).get(where)
-            if known is not None and known != found[where]:
-                raise DataError(
-                    f"{where}: SHA-256 {found[where]}, known is {known}; fetch the file again"
-                )
-    return found

@@ -16,216 +16,37 @@ than a second, so there are no `--num-data-workers`.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mad import report
+from mad.experiment import DTYPE_OF, TASK_FLAGS, Experiment, Precision, task_options
 from mad.protocols import PROTOCOLS, build_optimizer, build_schedule, observe, protocol_named
-from mad.registry import (
-    assignments,
-    backbone_of,
-    build_task,
-    parse_layer,
-    stack_name,
-)
+from mad.registry import backbone_of, build_task
 from mad.tasks.task import Rows, Split, Task, generate
-from workbench.cli import RunField, RunOptions, cli
-from workbench.errors import ConfigError
+from workbench.cli import cli
 from workbench.run import Run
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
+    Splits = dict[Split, tuple[Tensor, ...]]
 
-DTYPE_OF = {
-    "auto": "auto",
-    "bf16": "bfloat16",
-    "16": "float16",
-    "32": "float32",
-    "64": "float64",
-}
-"""Published names of number formats, less what follows a dash."""
-
-Precision = Literal["auto", "bf16", "bf16-mixed", "16", "16-mixed", "32", "32-true", "64"]
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """Which layers on which task, trained how."""
-
-    task: str = "in-context-recall"
-    """Task name, or module:Class of your own."""
-    layers: tuple[str, ...] = ("mh-attention", "swiglu", "mh-attention", "swiglu")
-    """Layers in order, with options if any (`mh-attention,num_heads=4`), or module:Class."""
-
-    vocab_size: int | None = None
-    """Number of tokens, special ones included."""
-    seq_len: int | None = None
-    """Sequence length."""
-    multi_query: bool = True
-    """Recall: score every repeated key, not only the last."""
-    noise_vocab_size: int | None = None
-    """Number of noise tokens."""
-    frac_noise: float | None = None
-    """Probability of a noise pair in a slot."""
-    num_tokens_to_copy: int | None = None
-    """Copying: tokens to remember."""
-    k_motif_size: int | None = None
-    """Fuzzy recall: largest number of tokens in a key."""
-    v_motif_size: int | None = None
-    """Fuzzy recall: largest number of tokens in a value."""
-    target_ignore_index: int = -100
-    """Target of positions that are not scored; published and fixed."""
-    options: tuple[str, ...] = ()
-    """Further options of the task, as name=value (`map_seed=7`)."""
-    num_train_examples: int | None = None
-    """Training rows."""
-    num_test_examples: int = 1280
-    """Rows of the test split, and of the validation split."""
-    zenodo: Path | None = None
-    """Folder of the published data sets: train and test rows from there, validation drawn here."""
-
-    dim: int = 128
-    """Width of the model."""
-    backbone: Literal["language-model", "autoencoder"] | None = None
-    """Language model or auto-encoder; none means the one the task is made for."""
-    global_pool: Literal["last", "cls", "avg"] = "last"
-    """Auto-encoder: the last position, an extra one or the mean is the code."""
-    max_length: int | None = None
-    """Length that Hyena's filters are made for; none means the task's."""
-
-    protocol: Literal["lab", "mad-code", "mad-paper"] = "lab"
-    """Betas, schedule, clipping and which weights are scored."""
-    train_targets: Literal["dense", "answers"] = "dense"
-    """Recall tasks: learn to predict every next token (as published) or the answers only."""
-    batch_size: int = 128
-    """Rows per step."""
-    epochs: int = 200
-    """Passes over the training rows."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """Optimiser."""
-    scheduler: Literal["cosine", "cosine-epochs", "plateau", "none"] | None = None
-    """Learning-rate schedule; none given means the protocol's."""
-    plateau_patience: int = 5
-    """Scheduler plateau: validations without a lower loss before the rate falls."""
-    plateau_factor: float = 0.9
-    """Scheduler plateau: the rate is multiplied by this when it falls."""
-    lr: float = 5e-4
-    """Largest learning rate."""
-    min_lr: float = 1e-6
-    """Learning rate at the end of a cosine schedule."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    stop_accuracy: float = 0.999
-    """Stop once validation accuracy reaches this; above 1 never."""
-    early_stop: bool = False
-    """Also stop after `stop_patience` validations without a better accuracy."""
-    stop_patience: int = 20
-    """Validations that `early_stop` waits for a better accuracy."""
-    test_curve: bool = True
-    """Score the test split at every validation too, for the optimistic best of them."""
-    evaluate_every: int | None = None
-    """Steps between validations; none means one epoch."""
-    save_every: int | None = None
-    """Steps between checkpoints; none means the validation period, at least 100."""
-    save_checkpoints: bool = True
-    """Save on the way, to continue from, and keep the best and the last weights."""
-    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] | None = None
-    """Published name of --device."""
-    precision: Precision | None = None
-    """Published name of --dtype: bf16 is bfloat16, 16 float16, 32 float32, 64 float64."""
-    log_to_wandb: bool = False
-    """Published name of --wandb."""
-    seed: int = 12345
-    """Seed of all named streams: data, initialisation, order."""
-    run: RunField = RunOptions()
-    """Where and how."""
-
-    def __post_init__(self) -> None:
-        self.take_published_names()
-        for name in ("num_test_examples", "dim", "batch_size", "epochs", "stop_patience"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}; expected at least 1")
-        for name in ("num_train_examples", "evaluate_every", "save_every", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}; expected at least 1")
-        if not 0 <= self.min_lr <= self.lr or self.lr <= 0:
-            raise ConfigError(
-                f"min_lr={self.min_lr} and lr={self.lr}: expected 0 ≤ min_lr ≤ lr > 0"
-            )
-        if self.weight_decay < 0:
-            raise ConfigError(f"weight_decay={self.weight_decay} is negative")
-        if not 0 < self.plateau_factor < 1 or self.plateau_patience < 0:
-            raise ConfigError(
-                f"plateau_factor={self.plateau_factor} and plateau_patience="
-                f"{self.plateau_patience}: expected a factor between 0 and 1 and a patience from 0"
-            )
-        if self.zenodo is not None and self.train_targets != "dense":
-            raise ConfigError(
-                "the published data sets hold dense training targets only: leave --train-targets "
-                "as it is, or draw the rows (no --zenodo)"
-            )
-        if self.target_ignore_index != -100:
-            raise ConfigError(
-                f"target_ignore_index={self.target_ignore_index}: the rows drawn here mark what is "
-                "not scored with -100, as the published ones do; leave it at -100"
-            )
-        self.check_model()
-        build_task(self.task, task_options(self))
-
-    def take_published_names(self) -> None:
-        """Move `accelerator`, `precision` and `log_to_wandb` into the run block they stand for."""
-        changes: dict[str, Any] = {}
-        if self.accelerator is not None:
-            changes["device"] = {"gpu": "cuda"}.get(self.accelerator, self.accelerator)
-        if self.precision is not None:
-            changes["dtype"] = DTYPE_OF[self.precision.partition("-")[0]]
-        if self.log_to_wandb:
-            changes["wandb"] = True
-        if changes:
-            object.__setattr__(self, "run", replace(self.run, **changes))
-        for name, value in (("accelerator", None), ("precision", None), ("log_to_wandb", False)):
-            object.__setattr__(self, name, value)
-
-    def check_model(self) -> None:
-        """Refuse layers that do not exist before anything is made."""
-        if not self.layers:
-            raise ConfigError(
-                "no layers given; name at least one, e.g. --layers mh-attention swiglu"
-            )
-        for layer in self.layers:
-            parse_layer(layer)
-
-    @property
-    def stack(self) -> str:
-        """The model's name in results and reports."""
-        return stack_name(self.layers)
-
-
-TASK_FLAGS = (
-    "vocab_size",
-    "seq_len",
-    "noise_vocab_size",
-    "frac_noise",
-    "num_tokens_to_copy",
-    "k_motif_size",
-    "v_motif_size",
-    "num_train_examples",
-)
-"""Fields of `Experiment` that a task or its number of training rows takes when they are given."""
-
-
-def task_options(experiment: Experiment) -> dict[str, Any]:
-    """The options the user gave to the task; what is left out takes the task's baseline."""
-    flags = {name: getattr(experiment, name) for name in TASK_FLAGS}
-    given = {name: value for name, value in flags.items() if value is not None}
-    if not experiment.multi_query:
-        given["multi_query"] = False
-    return given | assignments(experiment.options, f"options of task {experiment.task}")
-
+__all__ = [
+    "DTYPE_OF",
+    "EXPERIMENT",
+    "TASK_FLAGS",
+    "Experiment",
+    "Precision",
+    "Progress",
+    "draw_splits",
+    "fit",
+    "main",
+    "score_run",
+    "task_options",
+]
 
 EXPERIMENT = Experiment()  # edit me
 
@@ -298,7 +119,8 @@ def draw_splits(run: Run, experiment: Experiment, task: Task, n_train: int) -> d
         return {split: generate(task, n, split, seed) for split, n in sizes.items()}
     import numpy as np
 
-    from mad.store import PUBLISHED_SEED, DataSet, load_published, verify_published
+    from mad.dataset import PUBLISHED_SEED, DataSet
+    from mad.published import load_published, verify_published
 
     published = DataSet(experiment.task, task, n_train, some, PUBLISHED_SEED)
     digests = verify_published(experiment.zenodo, published)
@@ -315,32 +137,32 @@ def draw_splits(run: Run, experiment: Experiment, task: Task, n_train: int) -> d
     return {"train": rows["train"], "val": generate(task, some, "val", seed), "test": rows["test"]}
 
 
-def fit(run: Run, experiment: Experiment, model: nn.Module) -> dict[str, Any]:
-    """Train `model` inside an open run, score it, write the report; returns the results."""
+def resident_rows(run: Run, experiment: Experiment, task: Task, n_train: int) -> Splits:
+    """All rows on the device, where they stay."""
     import torch
-    import torch.nn.functional as F
 
-    from mad.evaluate import evaluate
-    from mad.tasks.task import IGNORE
-    from workbench.optim import clip
-
-    device, dtype = run.device.device, run.device.dtype
-    mixed = torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
-    protocol = protocol_named(experiment.protocol)
-    task, n_train = build_task(experiment.task, task_options(experiment))
-    run.note(f"{task}, {n_train} training rows; {experiment.stack}")
-
-    data: dict[Split, tuple[Tensor, ...]] = {
-        split: tuple(
-            torch.from_numpy(part).to(device, torch.int32)  # the whole split stays resident
-            for part in rows
-        )
+    return {
+        split: tuple(torch.from_numpy(part).to(run.device.device, torch.int32) for part in rows)
         for split, rows in draw_splits(run, experiment, task, n_train).items()
     }
-    inputs, answers, dense = data["train"]
-    targets = dense if experiment.train_targets == "dense" else answers
 
-    model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+
+def autocast(run: Run) -> torch.autocast:
+    """Mixed precision where a half format is asked for."""
+    import torch
+
+    half = run.device.dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(run.device.device.type, run.device.dtype, enabled=half)
+
+
+def steps_per_epoch(experiment: Experiment, n_train: int) -> int:
+    """Steps in which every training row is seen once."""
+    return -(-n_train // min(experiment.batch_size, n_train))
+
+
+def make_state(experiment: Experiment, model: nn.Module, n_train: int) -> dict[str, Any]:
+    """Everything that training changes: model, optimiser, schedule, progress."""
+    protocol = protocol_named(experiment.protocol)
     optimizer = build_optimizer(
         model,
         experiment.optimizer,
@@ -348,78 +170,129 @@ def fit(run: Run, experiment: Experiment, model: nn.Module) -> dict[str, Any]:
         weight_decay=experiment.weight_decay,
         protocol=experiment.protocol,
     )
-    batch_size = min(experiment.batch_size, n_train)
-    steps_per_epoch = -(-n_train // batch_size)
-    steps = experiment.epochs * steps_per_epoch
     schedule = build_schedule(
         optimizer,
         experiment.scheduler or protocol.schedule,
         epochs=experiment.epochs,
-        steps_per_epoch=steps_per_epoch,
+        steps_per_epoch=steps_per_epoch(experiment, n_train),
         floor=experiment.min_lr / experiment.lr,
         plateau_patience=experiment.plateau_patience,
         plateau_factor=experiment.plateau_factor,
     )
-    progress = Progress()
-    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "progress": progress}
-    validate_every = experiment.evaluate_every or steps_per_epoch
-    save_every = experiment.save_every or max(100, validate_every)
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "progress": Progress(),
+    }
+
+
+def batches(
+    run: Run, experiment: Experiment, data: Splits
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """The function that gives inputs and targets of a step: the rows in each epoch's own order."""
+    import torch
+
+    inputs, answers, dense = data["train"]
+    targets = dense if experiment.train_targets == "dense" else answers
+    size, per_epoch = experiment.batch_size, steps_per_epoch(experiment, len(inputs))
 
     @lru_cache(maxsize=1)
     def order(epoch: int) -> Tensor:
-        permutation = run.streams("order", index=epoch).permutation(n_train)
-        return torch.from_numpy(permutation).to(device)
+        permutation = run.streams("order", index=epoch).permutation(len(inputs))
+        return torch.from_numpy(permutation).to(inputs.device)
 
-    def validate(step: int) -> str:
-        """Score the present weights; why training should stop, or nothing."""
-        with mixed:
-            score = evaluate(model, *data["val"][:2], batch_size=experiment.batch_size)
-            logged, test = score.named("val"), None
-            if experiment.test_curve:
-                seen = evaluate(model, *data["test"][:2], batch_size=experiment.batch_size)
-                logged, test = logged | {"test/accuracy": seen.accuracy}, seen.accuracy
-        progress.record(step, score.accuracy, model, test)
-        observe(schedule, score.nll_nats)
-        run.log(step, logged)
-        if score.accuracy >= experiment.stop_accuracy:
-            return f"validation accuracy {score.accuracy:.4f}"
-        if experiment.early_stop and progress.waited >= experiment.stop_patience:
-            return f"no better validation accuracy in {progress.waited} validations"
-        return ""
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        epoch, at = divmod(step - 1, per_epoch)
+        rows = order(epoch)[at * size : (at + 1) * size]
+        return inputs[rows], targets[rows]
 
-    for step in run.steps(
-        steps, state, save_every=save_every if experiment.save_checkpoints else steps
-    ):
-        epoch, at = divmod(step - 1, steps_per_epoch)
-        rows = order(epoch)[at * batch_size : (at + 1) * batch_size]
-        with mixed:
-            logits = model(inputs[rows])  # (B, L, V)
+    return batch
+
+
+def validate(
+    run: Run, experiment: Experiment, step: int, state: dict[str, Any], data: Splits
+) -> str:
+    """Score the present weights; why training should stop, or nothing."""
+    from mad.evaluate import evaluate
+
+    model, progress, size = state["model"], state["progress"], experiment.batch_size
+    with autocast(run):
+        score = evaluate(model, *data["val"][:2], batch_size=size)
+        logged, test = score.named("val"), None
+        if experiment.test_curve:
+            test = evaluate(model, *data["test"][:2], batch_size=size).accuracy
+            logged = logged | {"test/accuracy": test}
+    progress.record(step, score.accuracy, model, test)
+    observe(state["schedule"], score.nll_nats)
+    run.log(step, logged)
+    if score.accuracy >= experiment.stop_accuracy:
+        return f"validation accuracy {score.accuracy:.4f}"
+    if experiment.early_stop and progress.waited >= experiment.stop_patience:
+        return f"no better validation accuracy in {progress.waited} validations"
+    return ""
+
+
+def fit(run: Run, experiment: Experiment, model: nn.Module) -> dict[str, Any]:
+    """Train `model` inside an open run, score it, write the report; returns the results."""
+    import torch
+    import torch.nn.functional as F
+
+    from mad.tasks.task import IGNORE
+    from workbench.optim import clip
+
+    wide = torch.float64 if run.device.dtype == torch.float64 else torch.float32
+    task, n_train = build_task(experiment.task, task_options(experiment))
+    run.note(f"{task}, {n_train} training rows; {experiment.stack}")
+    data = resident_rows(run, experiment, task, n_train)
+    batch = batches(run, experiment, data)
+    model.to(run.device.device, wide)
+    state = make_state(experiment, model, n_train)
+    optimizer, schedule = state["optimizer"], state["schedule"]
+    clip_norm = protocol_named(experiment.protocol).clip_norm
+    per_epoch = steps_per_epoch(experiment, n_train)
+    steps, validate_every = experiment.epochs * per_epoch, experiment.evaluate_every or per_epoch
+    save_every = experiment.save_every or max(100, validate_every)
+    if not experiment.save_checkpoints:
+        save_every = steps
+
+    for step in run.steps(steps, state, save_every=save_every):
+        inputs, targets = batch(step)
+        with autocast(run):
+            logits = model(inputs)  # (B, L, V)
         loss = F.cross_entropy(
-            (logits if dtype == torch.float64 else logits.float()).flatten(0, 1),
-            targets[rows].long().flatten(),
+            (logits if wide == torch.float64 else logits.float()).flatten(0, 1),
+            targets.long().flatten(),
             ignore_index=IGNORE,
         )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = clip(model.parameters(), protocol.clip_norm)
-        batch = {"inputs": inputs[rows], "targets": targets[rows]}
-        run.require_finite(step, batch, loss=loss, gradient_norm=norm)
+        norm = clip(model.parameters(), clip_norm)
+        rows = {"inputs": inputs, "targets": targets}
+        run.require_finite(step, rows, loss=loss, gradient_norm=norm)
         lr = schedule.get_last_lr()[0]
         optimizer.step()
         schedule.step()
         if run.every(step, 10):
             run.log(step, {"train/loss_nats": loss, "train/gradient_norm": norm, "lr": lr})
         if run.every(step, validate_every) or step == steps:
-            reason = validate(step)
+            reason = validate(run, experiment, step, state, data)
             if reason:
                 run.note(f"step {step}: {reason}, stopping")
                 break
+    return conclude(run, experiment, task, state, data)
 
+
+def conclude(
+    run: Run, experiment: Experiment, task: Task, state: dict[str, Any], data: Splits
+) -> dict[str, Any]:
+    """Score the last and the selected weights, keep both, write the report; the results."""
+    model, progress = state["model"], state["progress"]
     about = {"layers": " ".join(experiment.layers), "task": experiment.task}
     if experiment.save_checkpoints:
         last = {name: value.detach().clone() for name, value in model.state_dict().items()}
         run.save_tensors("model_last.safetensors", last, about)
-    with mixed:
+    with autocast(run):
         results, rows = score_run(experiment, task, model, progress, data)
     if experiment.save_checkpoints:
         run.save_tensors("model.safetensors", progress.weights, about)
@@ -438,7 +311,7 @@ def score_run(
     task: Task,
     model: nn.Module,
     progress: Progress,
-    data: dict[Split, tuple[Tensor, ...]],
+    data: Splits,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Test scores of the last and of the selected weights, and what they have to be read beside.
 

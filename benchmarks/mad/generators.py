@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mad.store import published_sets
+from mad.dataset import published_sets
 from mad.tasks.compression import Compression
 from mad.tasks.copying import Copying, SelectiveCopying
 from mad.tasks.fuzzy import FuzzyInContextRecall

@@ -9,23 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mad.data import Changes, Experiment, data_sets, lines_of, main, one_row
+from mad.dataset import DataSet, data_set, make_name, parse, published_sets
+from mad.published import load_published, verify_published
 from mad.registry import TASKS
-from mad.store import (
-    MANIFEST,
-    DataSet,
-    data_set,
-    leakage,
-    leakage_warning,
-    load,
-    load_published,
-    make,
-    make_name,
-    parse,
-    published_sets,
-    read_manifest,
-    verify,
-    verify_published,
-)
+from mad.store import MANIFEST, leakage, leakage_warning, load, make, read_manifest, verify
 from mad.tasks.task import IGNORE, generate, generate_splits
 from workbench.cli import RunOptions
 from workbench.errors import ConfigError, DataError

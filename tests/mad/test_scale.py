@@ -8,18 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mad.scale import (
-    Experiment,
+from mad.laws import (
     correlations,
     fit_line,
     frontier,
     isoflop_groups,
-    main,
     parabola_minimum,
     predict,
-    published_runs,
     read_runs,
 )
+from mad.scale import Experiment, main, published_runs
 from workbench.cli import RunOptions
 from workbench.errors import ConfigError, DataError
 from workbench.tables import read_csv, write_csv

@@ -361,8 +361,8 @@ def test_stacks_may_be_named(tmp_path):
 @pytest.fixture
 def published(tmp_path):
     """A folder as the published data sets come: dense training targets, answers for the test."""
+    from mad.dataset import PUBLISHED_SEED, DataSet
     from mad.registry import build_task
-    from mad.store import PUBLISHED_SEED, DataSet
     from mad.tasks.task import generate_splits
 
     options = {"vocab_size": 8, "seq_len": 8, "num_train_examples": 60}
