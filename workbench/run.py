@@ -483,7 +483,7 @@ class Run:
                 bar.update()
                 if step == total or self.every(step, save_every) or self._signal:
                     self.save(step, state)
-                if self._signal and step < total:
+                if self._signal:
                     raise Interrupted(
                         self._signal, f"saved step {step}; run the same command to continue"
                     )
