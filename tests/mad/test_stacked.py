@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from mad.protocols import build_optimizer
-from mad.stacked import (
-    Replicas,
-    StackedModel,
-    StackedOptimizer,
-    fit,
-    train_stacked,
-)
+from mad.stacked import Replicas, fit, train_stacked
+from mad.stacked_model import StackedModel, StackedOptimizer
 from mad.train import Experiment, main
 from workbench.cli import RunOptions
 from workbench.errors import ConfigError
@@ -215,7 +210,7 @@ def test_targets_and_noise_may_differ():
     base = vary(task="noisy-in-context-recall", noise_vocab_size=4, frac_noise=0.2, epochs=1)
     experiments = [base, vary(base, frac_noise=0.6), vary(base, train_targets="answers")]
     replicas = Replicas(experiments, CPU, torch.float32)
-    assert replicas.source == [0, 1, 0]
+    assert replicas.rows.source == [0, 1, 0]
     _, targets = replicas.batch(1)
     scored = (targets != -100).flatten(1).sum(1)
     assert scored[2] < scored[0]
@@ -227,50 +222,64 @@ def test_targets_and_noise_may_differ():
 # ---------------------------------------------------------------- runs
 
 
-def test_a_stopped_run_continues_to_the_same_results(tmp_path):
-    @dataclasses.dataclass(frozen=True)
-    class Sweep:
-        run: RunOptions
-        seed: int = 0
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A run of stacked trainings."""
 
+    run: RunOptions
+    seed: int = 0
+
+
+class Stop(Exception):
+    """Stands for a kill."""
+
+
+def run_stack(folder, name, experiments, stop_at=None):
+    """The results of a run under that name, which a kill may end before a step."""
+    step, options = Replicas.train_step, dataclasses.replace(BASE.run, root=folder, name=name)
+
+    def interrupted(self, at):
+        if at == stop_at:
+            raise Stop
+        return step(self, at)
+
+    with Run.open("mad.stacked", Sweep(options)) as opened, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Replicas, "train_step", interrupted)
+        return train_stacked(experiments, opened)
+
+
+def test_a_stopped_run_continues_to_the_same_results(tmp_path):
     experiments = [
         *three(save_every=10, epochs=2),
         vary(stop_accuracy=0.0, save_every=10, epochs=2),
     ]
-
-    class Stop(Exception):
-        """Stands for a kill."""
-
-    def run(name, stop_at=None):
-        options = dataclasses.replace(BASE.run, root=tmp_path, name=name)
-        with Run.open("mad.stacked", Sweep(options)) as opened:
-            if stop_at is not None:
-                step = Replicas.train_step
-
-                def interrupted(self, at):
-                    if at == stop_at:
-                        raise Stop
-                    return step(self, at)
-
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(Replicas, "train_step", interrupted)
-                    train_stacked(experiments, opened)
-            return train_stacked(experiments, opened)
-
-    whole = run("whole")
+    whole = run_stack(tmp_path, "whole", experiments)
     with pytest.raises(Stop):
-        run("stopped", stop_at=26)
-    assert run("stopped") == whole
+        run_stack(tmp_path, "stopped", experiments, stop_at=26)
+    assert run_stack(tmp_path, "stopped", experiments) == whole
     assert (tmp_path / "mad" / "stopped" / "model_3.safetensors").is_file()
+
+
+def test_the_step_of_a_divergence_survives_a_kill_before_it_was_looked_at(tmp_path):
+    """The checkpoint at step 7 is younger than the divergence and older than the look at 10."""
+    settings = {"save_every": 7, "epochs": 1}
+    experiments = [*three(**settings), vary(**settings, lr=1e12)]
+    whole = run_stack(tmp_path, "whole", experiments)
+    died = trained(experiments, 9).died[3]
+    assert 1 < died <= 7
+    assert f"not finite at step {died} " in whole[3][FAILED]
+    with pytest.raises(Stop):
+        run_stack(tmp_path, "stopped", experiments, stop_at=9)
+    assert run_stack(tmp_path, "stopped", experiments) == whole
 
 
 def test_orders_and_data_are_those_of_the_streams():
     replicas = Replicas(three(), CPU, torch.float32)
-    assert replicas.source == [0, 0, 1]
+    assert replicas.rows.source == [0, 0, 1]
     ids, _ = replicas.batch(14)  # the first of the second epoch
     for r, seed in enumerate((1, 1, 2)):
         rows = Streams(seed)("order", index=1).permutation(200)[:16]
-        expected = replicas.splits[replicas.source[r]]["train"][0][torch.from_numpy(rows)]
+        expected = replicas.rows.splits[replicas.rows.source[r]]["train"][0][torch.from_numpy(rows)]
         assert torch.equal(ids[r], expected)
 
 
