@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lplr_q.ldl import cholesky, require_finite
+from lplr_q.linalg.ldl import cholesky, require_finite
 from workbench.errors import ConfigError
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lplr_q.layer import LPLRQuantizedLinear, quantised_layers
+from lplr_q.activation_aware.quantized_layer import LPLRQuantizedLinear, quantised_layers
 from workbench import storage
 from workbench.errors import ConfigError, DataError
 

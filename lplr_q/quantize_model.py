@@ -14,10 +14,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lplr_q.activation_aware.decompose import (
+    Decomposition,
+    PreparedHessian,
+    decompose,
+    prepare_hessian,
+)
+from lplr_q.activation_aware.hessian import Calibration
+from lplr_q.activation_aware.quantized_layer import LPLRQuantizedLinear, pack_decomposition
 from lplr_q.bits import rank_for_budget
-from lplr_q.decompose import Decomposition, PreparedHessian, decompose, prepare_hessian
-from lplr_q.hessian import Calibration
-from lplr_q.layer import LPLRQuantizedLinear, pack_decomposition
 from workbench.errors import ConfigError, DataError
 
 

@@ -19,8 +19,8 @@ from workbench.errors import ConfigError
 from workbench.run import Run
 
 if TYPE_CHECKING:
+    from lplr_q.activation_aware.hessian import Calibration
     from lplr_q.evaluate import TextBlocks
-    from lplr_q.hessian import Calibration
     from lplr_q.quantize_model import CompressionSettings
 
 
@@ -135,8 +135,8 @@ def _calibrate(run: Run, experiment: Experiment, model: Any, tokenizer: Any) -> 
     """Hessians of all sublayers from the training split of the calibration texts."""
     import torch
 
+    from lplr_q.activation_aware.hessian import Calibration, collect_hessians
     from lplr_q.evaluate import load_blocks
-    from lplr_q.hessian import Calibration, collect_hessians
 
     def compute() -> dict[str, Any]:
         parts = [
@@ -266,8 +266,8 @@ def _save_and_reload(
     """Write the model folder, load it as a stranger would, compare logits, evaluate."""
     import torch
 
+    from lplr_q.activation_aware.quantized_layer import set_mode
     from lplr_q.hf import save_compressed
-    from lplr_q.layer import set_mode
     from workbench.models import load_model
 
     folder = run.path(f"models/lplr-{bits:g}")
@@ -308,7 +308,7 @@ def _baseline(
 
         from lplr_q.baselines import gptq, round_to_nearest
         from lplr_q.bits import average, group_bits, group_for_budget
-        from lplr_q.ldl import regularise
+        from lplr_q.linalg.ldl import regularise
 
         rounded = copy.deepcopy(model)
         width = int(bits)

@@ -1,6 +1,6 @@
 """Ratios of the fast forms to the plain ones, measured in one process on one thread.
 
-    python benchmarks/lplr_q/ldlq.py
+    python benchmarks/lplr_q/linalg/ldlq.py
 
 Lazy-batched LDLQ against one full-width product per block, the class search of the E8P encoder
 against scoring all 256 patterns, and the fast Hadamard transform against a dense product. Both
@@ -17,9 +17,9 @@ import torch
 
 from lplr_q.codebooks.base import make_codebook
 from lplr_q.codebooks.e8p import encode_e8p, reference_encode_e8p
-from lplr_q.hadamard import dense_hadamard, hadamard_transform
-from lplr_q.ldl import block_ldl
-from lplr_q.ldlq import CodebookBlocks, ldlq, reference_ldlq
+from lplr_q.linalg.hadamard import dense_hadamard, hadamard_transform
+from lplr_q.linalg.ldl import block_ldl
+from lplr_q.linalg.ldlq import CodebookBlocks, ldlq, reference_ldlq
 from lplr_q.reference_problem import reference_problem
 from workbench.tables import write_csv
 

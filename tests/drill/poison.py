@@ -87,7 +87,7 @@ def weights(value: str) -> None:
 
 def hessians(value: str) -> None:
     """One entry of one collected Hessian."""
-    from lplr_q import hessian
+    from lplr_q.activation_aware import hessian
 
     real = hessian.collect_hessians
 

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from lplr_q.decompose import decompose, prepare_hessian
-from lplr_q.ldlq import weighted_loss
+from lplr_q.activation_aware.decompose import decompose, prepare_hessian
+from lplr_q.linalg.ldlq import weighted_loss
 from lplr_q.reference_problem import reference_problem
 from workbench.errors import ConfigError, DataError
 

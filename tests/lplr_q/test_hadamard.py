@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lplr_q.hadamard import (
+from lplr_q.linalg.hadamard import (
     dense_hadamard,
     hadamard_plan,
     hadamard_transform,

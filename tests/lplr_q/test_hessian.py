@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lplr_q.hessian import (
+from lplr_q.activation_aware.hessian import (
     Calibration,
     SecondMoment,
     SecondMomentAccumulator,

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lplr_q.hessian import collect_hessians
+from lplr_q.activation_aware.hessian import collect_hessians
+from lplr_q.activation_aware.quantized_layer import LPLRQuantizedLinear, quantised_layers
 from lplr_q.hf import save_compressed, storage_report
-from lplr_q.layer import LPLRQuantizedLinear, quantised_layers
 from lplr_q.quantize_model import (
     CompressionSettings,
     candidates,
@@ -180,7 +180,7 @@ def test_candidates_fill_the_budget():
 
 def test_a_bias_is_kept():
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(16, 8)})
-    from lplr_q.decompose import decompose, prepare_hessian
+    from lplr_q.activation_aware.decompose import decompose, prepare_hessian
 
     weight = model["a"].weight.detach()
     bias = model["a"].bias.detach().clone()

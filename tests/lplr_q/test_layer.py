@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
-from lplr_q.decompose import decompose, prepare_hessian
-from lplr_q.layer import LPLRQuantizedLinear, quantised_layers, set_mode
+from lplr_q.activation_aware.decompose import decompose, prepare_hessian
+from lplr_q.activation_aware.quantized_layer import LPLRQuantizedLinear, quantised_layers, set_mode
 from workbench.errors import ConfigError, DataError
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from lplr_q.baselines import GroupGrid, gptq, min_max_grid, round_to_nearest
 from lplr_q.codebooks.base import make_codebook
-from lplr_q.ldl import block_bounds, block_ldl, regularise
-from lplr_q.ldlq import CodebookBlocks, guarded_sweep, ldlq, reference_ldlq, weighted_loss
+from lplr_q.linalg.ldl import block_bounds, block_ldl, regularise
+from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep, ldlq, reference_ldlq, weighted_loss
 from workbench.errors import ConfigError, DataError
 
 

@@ -1,16 +1,20 @@
 import pytest
 import torch
 
-from lplr_q.factors import (
+from lplr_q.activation_aware.factors import (
     decode_factor,
     fit_left,
     fit_low_rank,
     fit_right,
     quantise_factor,
 )
-from lplr_q.ldl import cholesky
-from lplr_q.ldlq import weighted_loss
-from lplr_q.regression import cholesky_whitening, eigen_whitening, rank_constrained_regression
+from lplr_q.linalg.ldl import cholesky
+from lplr_q.linalg.ldlq import weighted_loss
+from lplr_q.linalg.regression import (
+    cholesky_whitening,
+    eigen_whitening,
+    rank_constrained_regression,
+)
 from workbench.errors import ConfigError
 
 

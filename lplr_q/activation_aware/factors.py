@@ -15,8 +15,8 @@ from jaxtyping import Float, Int16, Int64
 from torch import Tensor
 
 from lplr_q.codebooks.scalar import LloydMaxCodebook
-from lplr_q.ldlq import weighted_loss
-from lplr_q.regression import Whitening, rank_constrained_regression
+from lplr_q.linalg.ldlq import weighted_loss
+from lplr_q.linalg.regression import Whitening, rank_constrained_regression
 from workbench.errors import ConfigError
 
 FACTOR_BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)

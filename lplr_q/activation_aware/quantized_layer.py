@@ -20,12 +20,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lplr_q.activation_aware.decompose import Decomposition, rotation_kind
+from lplr_q.activation_aware.factors import decode_factor
 from lplr_q.bits import LayerBits, layer_bits
 from lplr_q.codebooks.base import make_codebook
-from lplr_q.decompose import Decomposition, rotation_kind
-from lplr_q.factors import decode_factor
-from lplr_q.hadamard import rotate_rows, unrotate_rows, unrotate_weight
-from lplr_q.ldlq import CodebookBlocks
+from lplr_q.linalg.hadamard import rotate_rows, unrotate_rows, unrotate_weight
+from lplr_q.linalg.ldlq import CodebookBlocks
 from lplr_q.pack import pack_bits, pack_signs, packed_size, unpack_bits, unpack_signs
 from workbench.errors import ConfigError, DataError
 

@@ -19,19 +19,19 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from lplr_q.activation_aware.factors import LowRank, QuantisedFactor, fit_low_rank
 from lplr_q.bits import LayerBits, layer_bits
 from lplr_q.codebooks.base import make_codebook
-from lplr_q.factors import LowRank, QuantisedFactor, fit_low_rank
-from lplr_q.hadamard import (
+from lplr_q.linalg.hadamard import (
     hadamard_plan,
     random_signs,
     rotate_hessian,
     rotate_weight,
     unrotate_weight,
 )
-from lplr_q.ldl import block_ldl, cholesky, regularise, require_finite
-from lplr_q.ldlq import CodebookBlocks, guarded_sweep, ldlq, weighted_loss
-from lplr_q.regression import cholesky_whitening
+from lplr_q.linalg.ldl import block_ldl, cholesky, regularise, require_finite
+from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep, ldlq, weighted_loss
+from lplr_q.linalg.regression import cholesky_whitening
 from workbench.errors import ConfigError, DataError
 
 INITS = ("lr_first", "q_first")

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lplr_q.codebooks.base import Codebook, make_codebook
-from lplr_q.ldl import block_bounds
+from lplr_q.linalg.ldl import block_bounds
 
 
 class BlockQuantiser(Protocol):

@@ -1,0 +1,1 @@
+"""Rotations, block LDL, rounding with feedback, low-rank steps."""
