@@ -284,6 +284,9 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             old = signal.signal(number, self._on_signal)
             self._exit.callback(signal.signal, number, old)
+            outer = getattr(old, "__self__", None)
+            if isinstance(outer, Run) and outer._signal:
+                self._signal = outer._signal  # a run inside a run that was told to stop
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._signal:

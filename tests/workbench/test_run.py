@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from workbench.errors import CheckpointError, ConfigError, DivergedError
+from workbench.errors import CheckpointError, ConfigError, DivergedError, Interrupted
 from workbench.run import Run, RunOptions, finite_or_null, settings_key, settings_of
 
 
@@ -214,3 +215,16 @@ def test_a_model_with_one_changed_weight_is_another_model(tmp_path, monkeypatch)
         monkeypatch.setattr(models, "load_model", changed)
         with pytest.raises(ConfigError, match="model has changed"):
             run.load_model("tiny:mistral")
+
+
+def test_a_run_inside_a_run_that_was_told_to_stop_does_one_step_and_saves_it(tmp_path):
+    begun = []
+    with (
+        pytest.raises(Interrupted, match="saved step 1"),
+        Run.open("p.outer", at(tmp_path)),
+    ):
+        signal.raise_signal(signal.SIGTERM)
+        with Run.open("p.inner", at(tmp_path)) as inner:
+            for step in inner.steps(50, {"model": torch.nn.Linear(2, 2)}):
+                begun.append(step)
+    assert begun == [1]
