@@ -11,10 +11,19 @@ from torch import Tensor
 
 from workbench.errors import ConfigError, unknown_name
 
-# name -> "module:factory"; a factory takes the bits per weight and returns a Codebook
+_TRELLIS = "lplr_q.codebooks.tcq:trellis_codebook"
+
+# name -> "module:factory"; a factory takes the bits per weight and returns a Codebook.
+# "module:factory:" (a colon at the end) gives it the name first: one factory for a family of names
 CODEBOOKS: dict[str, str] = {
     "e8p": "lplr_q.codebooks.e8p:e8p_codebook",
     "lloyd-max": "lplr_q.codebooks.scalar:LloydMaxCodebook",
+    "tcq": f"{_TRELLIS}:",
+    **{
+        f"tcq-{window}{kind}": f"{_TRELLIS}:"
+        for window in (8, 10, 12)
+        for kind in ("", "-random", "-3inst")
+    },
 }
 
 
@@ -24,6 +33,9 @@ class Codebook(Protocol):
 
     ``dim`` coordinates become ``len(streams)`` integers of ``streams[i]`` bits each. Multiply the
     unit-variance input by ``opt_scale`` before :meth:`encode`; divide after :meth:`decode`.
+
+    A codebook may have an attribute ``rows``: so many rows of a matrix are coded together, and the
+    first axis of what is encoded counts rows. Without it every row stands alone.
     """
 
     name: str
@@ -52,11 +64,24 @@ def make_codebook(name: str, bits: int) -> Codebook:
     if ":" not in target:
         raise unknown_name("codebook", name, CODEBOOKS)
     module, _, factory = target.partition(":")
+    factory, colon, _ = factory.partition(":")
     try:
         build = getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"codebook {target!r} cannot be imported: {error}") from None
-    return build(bits)
+    return build(name, bits) if colon else build(bits)
+
+
+def rows_of(codebook: object) -> int:
+    """How many rows the codebook codes together."""
+    return int(getattr(codebook, "rows", 1))
+
+
+def decode_matrix(codebook: Codebook, codes: Int64[Tensor, "m blocks s"]) -> Tensor:
+    """(m, blocks * dim) points of the codes of whole blocks; the codebook's own form if it has
+    one."""
+    own = getattr(codebook, "decode_matrix", None)
+    return codebook.decode(codes).flatten(1) if own is None else own(codes)
 
 
 def require_bits(name: str, bits: int, allowed: tuple[int, ...]) -> None:

@@ -9,7 +9,8 @@ The loss tr(E H E^T) then equals the sum of tr(eta_k D_k eta_k^T) with eta_k the
 error. With blocks of one column and reversed order this is GPTQ.
 
 Everything works on rows at once; the rounding is given as an object with ``bounds`` (columns of
-each block) and ``quantise(target, k) -> (codes, points)``.
+each block), ``quantise(target, k) -> (codes, points)`` and ``rows``, the number of rows that are
+rounded together (1 except for trellises, whose tiles span 16).
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lplr_q.codebooks.base import Codebook, make_codebook
+from lplr_q.codebooks.base import Codebook, decode_matrix, make_codebook, rows_of
 from lplr_q.linalg.ldl import block_bounds
 
 
 class BlockQuantiser(Protocol):
-    """Rounds one block of columns of all rows."""
+    """Rounds one block of columns of all rows.
+
+    An attribute ``rows`` says how many rows depend on each other; absent means 1.
+    """
 
     bounds: list[tuple[int, int]]
 
@@ -46,6 +50,7 @@ class CodebookBlocks:
 
     def __init__(self, codebook: Codebook, n: int, *, multiplier: float = 1.0) -> None:
         self.codebook, self.n = codebook, n
+        self.rows = rows_of(codebook)
         self.scale = codebook.opt_scale * multiplier
         self.bounds = block_bounds(n, codebook.dim)
         self.tail = n % codebook.dim
@@ -75,7 +80,7 @@ class CodebookBlocks:
         """The matrix from the codes of the whole blocks and of the scalar tail."""
         parts = []
         if whole is not None:
-            parts.append(self.codebook.decode(whole).flatten(1) / self.scale)
+            parts.append(decode_matrix(self.codebook, whole) / self.scale)
         if tail is not None and self.tail_codebook is not None:
             parts.append(self.tail_codebook.decode(tail[..., None])[..., 0])
         return torch.cat(parts, dim=1)
@@ -136,6 +141,15 @@ def reference_ldlq(
     return codes, points
 
 
+def _sum_of_groups(change: Float[Tensor, " m"], rows: int) -> Float[Tensor, " m"]:
+    """Every entry replaced by the sum over its group of ``rows`` consecutive entries."""
+    if rows == 1:
+        return change
+    group = torch.arange(len(change), device=change.device) // rows
+    sums = change.new_zeros(-(-len(change) // rows)).index_add_(0, group, change)
+    return sums[group]
+
+
 def guarded_sweep(
     weight: Float[Tensor, "m n"],
     hessian: Float[Tensor, "n n"],
@@ -147,10 +161,11 @@ def guarded_sweep(
 ) -> tuple[list[Tensor], Float[Tensor, "m n"]]:
     """One pass of coordinate descent over blocks; tr(E H E^T) never rises.
 
-    Each block aims at Q_k + (W - Q) H_:k H_kk^-1 and is rounded again; a row takes its new points
-    only if delta H_kk delta^T - 2 (E H)_k delta^T < 0, because nearest in the Euclidean sense need
-    not be nearest under H_kk.
+    Each block aims at Q_k + (W - Q) H_:k H_kk^-1 and is rounded again; a row (or all the rows that
+    are rounded together) takes its new points only if delta H_kk delta^T - 2 (E H)_k delta^T < 0,
+    because nearest in the Euclidean sense need not be nearest under H_kk.
     """
+    rows = rows_of(blocks)
     hessian = hessian.to(weight.dtype)
     inverses = [torch.linalg.inv(hessian[low:high, low:high]) for low, high in blocks.bounds]
     codes, points = list(codes), points.clone()
@@ -171,7 +186,7 @@ def guarded_sweep(
             new_codes, new_points = blocks.quantise(aim, k)
             delta = new_points - points[:, low:high]
             change = ((delta @ corner - 2 * g) * delta).sum(1)
-            accept = change < 0
+            accept = _sum_of_groups(change, rows) < 0
             delta = delta * accept[:, None]
             shape = (-1,) + (1,) * (codes[k].ndim - 1)
             codes[k] = torch.where(accept.view(shape), new_codes, codes[k])
