@@ -238,6 +238,7 @@ def fit(run: Run, experiment: Experiment, model: nn.Module) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
+    from mad.layers.kernels import kernel_notes
     from mad.tasks.task import IGNORE
     from workbench.optim import clip
 
@@ -247,6 +248,9 @@ def fit(run: Run, experiment: Experiment, model: nn.Module) -> dict[str, Any]:
     data = resident_rows(run, experiment, task, n_train)
     batch = batches(run, experiment, data)
     model.to(run.device.device, wide)
+    working = wide if wide == torch.float64 else run.device.dtype
+    for line in kernel_notes(model, run.device.device.type, working):
+        run.note(line, console=False)
     state = make_state(experiment, model, n_train)
     optimizer, schedule = state["optimizer"], state["schedule"]
     clip_norm = protocol_named(experiment.protocol).clip_norm

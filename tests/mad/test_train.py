@@ -412,3 +412,11 @@ def test_published_rows_that_change_or_are_missing_stop_the_run(published, tmp_p
         train.main(at(tmp_path, experiment, vocab_size=10))
     with pytest.raises(ConfigError, match="dense training targets only"):
         replace(experiment, train_targets="answers")
+
+
+def test_the_log_names_the_kernel_of_every_layer_that_has_one(tmp_path):
+    train.main(at(tmp_path, layers=("mamba", "swiglu"), epochs=1))
+    (log,) = tmp_path.glob("mad/train-*/log.txt")
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if " kernel " in line]
+    assert any("selective_scan" in line and "unbind scan" in line for line in lines)
+    assert any("causal_conv1d" in line and "torch conv1d" in line for line in lines)
