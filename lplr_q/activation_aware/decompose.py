@@ -13,28 +13,43 @@ sides.
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Int16
 from torch import Tensor
 
-from lplr_q.activation_aware.factors import LowRank, QuantisedFactor, fit_low_rank
+from lplr_q.activation_aware.alternation import (
+    Alternation,
+    Iterate,
+    Problem,
+    QRounding,
+    run_alternation,
+)
+from lplr_q.activation_aware.factors import QuantisedFactor, factor_book
+from lplr_q.activation_aware.initial import INITS
+from lplr_q.activation_aware.prepared import PreparedHessian, prepare_hessian, rescaling
+from lplr_q.activation_aware.shaping import Q_HESSIANS
 from lplr_q.bits import LayerBits, layer_bits
 from lplr_q.codebooks.base import make_codebook
-from lplr_q.linalg.hadamard import (
-    hadamard_plan,
-    random_signs,
-    rotate_hessian,
-    rotate_weight,
-    unrotate_weight,
-)
-from lplr_q.linalg.ldl import block_ldl, cholesky, regularise, require_finite
-from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep, ldlq, weighted_loss
-from lplr_q.linalg.regression import cholesky_whitening
+from lplr_q.linalg.hadamard import hadamard_plan, random_signs, rotate_weight, unrotate_weight
+from lplr_q.linalg.ldl import require_finite
+from lplr_q.linalg.ldlq import CodebookBlocks, weighted_loss
 from workbench.errors import ConfigError, DataError
 
-INITS = ("lr_first", "q_first")
+__all__ = [
+    "Decomposition",
+    "PreparedHessian",
+    "check_settings",
+    "decompose",
+    "fitting_rank",
+    "prepare_hessian",
+    "quip_sharp",
+    "rotation_kind",
+]
 
 
 @dataclass(frozen=True)
@@ -59,6 +74,10 @@ class Decomposition:
     history: list[dict] = field(default_factory=list)
     """One {"round", "component", "error"} per sub-step."""
     bits: LayerBits | None = None
+    rescale: Int16[Tensor, " n"] | None = None
+    """Bit patterns of the bfloat16 d; the layer divides its input by d."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Arguments of :func:`decompose`, with what ``auto`` chose."""
 
     @property
     def rank(self) -> int:
@@ -84,80 +103,30 @@ class Decomposition:
         total = self.rotated()
         if self.signs_out is not None and self.signs_in is not None:
             total = unrotate_weight(total, self.signs_out, self.signs_in)
+        if self.rescale is not None:
+            total = total / self.rescale.view(torch.bfloat16).float()
         return total
 
 
-@dataclass(frozen=True)
-class PreparedHessian:
-    """Everything that depends on H alone; shared by sublayers with the same input and by all
-    rounds."""
-
-    matrix: Float[Tensor, "n n"]
-    lower: dict[int, Tensor]
-    factor: Float[Tensor, "n n"]
-    signs_in: Int8[Tensor, " n"] | None
-
-
-def prepare_hessian(
-    hessian: Float[Tensor, "n n"] | None,
-    n: int,
-    *,
-    generator: torch.Generator | None,
-    sigma: float = 1e-2,
-    regularised: bool = False,
-) -> PreparedHessian:
-    """Regularise, rotate (when a generator for the signs is given) and factor H; None means H =
-    I."""
-    if hessian is None:
-        matrix = torch.eye(n, dtype=torch.float64)
-    elif hessian.shape != (n, n):
-        raise DataError(f"Hessian of shape {tuple(hessian.shape)} for a weight with {n} inputs")
-    else:
-        matrix = hessian.double() if regularised else regularise(hessian, sigma=sigma)
-    signs = None
-    if generator is not None:
-        signs = random_signs(n, generator)
-        matrix = rotate_hessian(matrix, signs)
-        matrix = (matrix + matrix.T) / 2
-    return PreparedHessian(matrix, {}, cholesky(matrix), signs)
-
-
-def _lower(prepared: PreparedHessian, block: int) -> Tensor:
-    if block not in prepared.lower:
-        prepared.lower[block] = block_ldl(prepared.matrix, block).lower
-    return prepared.lower[block]
-
-
-def quantise_q(
-    target: Float[Tensor, "m n"],
-    prepared: PreparedHessian,
-    blocks: CodebookBlocks,
-    *,
-    sweeps: int = 2,
-    feedback: bool = True,
-) -> tuple[list[Tensor], float, Float[Tensor, "m n"]]:
-    """The Q step: LDLQ on target / rms, then guarded sweeps until the relative gain is below
-    1e-4."""
-    # the scale is stored as float32; use the stored value from here on
-    scale = float(target.square().mean().sqrt().clamp_min(1e-30).float())
-    unit = target / scale
-    hessian = prepared.matrix.to(unit.dtype)
-    if not feedback:
-        identity = torch.eye(target.shape[1], dtype=unit.dtype, device=unit.device)
-        codes, points = ldlq(unit, identity, blocks)
-        return codes, scale, points * scale
-    codes, points = ldlq(unit, _lower(prepared, blocks.codebook.dim), blocks)
-    loss = weighted_loss(unit - points, hessian)
-    for _ in range(sweeps):
-        codes, points = guarded_sweep(unit, hessian, blocks, codes, points)
-        before, loss = loss, weighted_loss(unit - points, hessian)
-        if before - loss < 1e-4 * before:
-            break
-    return codes, scale, points * scale
+def fitting_rank(rank: int, shape: tuple[int, int], *, name: str = "matrix") -> int:
+    """``rank``, or min(m, n) with a warning when one rank for all matrices exceeds this one's."""
+    largest = min(shape)
+    if rank > largest:
+        warnings.warn(
+            f"rank={rank} exceeds min{shape} of {name}; {largest} is used there", stacklevel=2
+        )
+    return min(rank, largest)
 
 
 def check_settings(
-    *, shape: tuple[int, int], q_bits: int, rank: int, rounds: int, init: str
+    *,
+    shape: tuple[int, int],
+    q_bits: int,
+    rank: int,
+    rounds: int,
+    init: str = "lr_first",
+    q_hessian: str = "plain",
+    update_order: Sequence[str] = ("LR", "Q"),
 ) -> None:
     """Raise ConfigError for settings that would decompose nothing or cannot exist."""
     m, n = shape
@@ -167,11 +136,20 @@ def check_settings(
         raise ConfigError(f"rank={rank} does not fit a {m}x{n} matrix; use 0 to {min(m, n)}")
     if q_bits == 0 and rank == 0:
         raise ConfigError("q_bits=0 and rank=0: nothing is left of the matrix; raise one of them")
-    if init not in INITS:
-        raise ConfigError(f"init={init!r}; choose from {', '.join(INITS)}")
+    for option, given, choices in (
+        ("init", init, (*INITS, "auto")),
+        ("q_hessian", q_hessian, (*Q_HESSIANS, "auto")),
+    ):
+        if given not in choices:
+            raise ConfigError(f"{option}={given!r}; choose from {', '.join(choices)}")
+    order = tuple(update_order)
+    if not order or len(set(order)) < len(order) or set(order) - {"LR", "Q"}:
+        raise ConfigError(
+            f"update_order={list(order)}: name LR and Q, each at most once and one at least"
+        )
 
 
-def decompose(
+def decompose(  # noqa: PLR0913 - one keyword per option of the method
     weight: Float[Tensor, "m n"],
     prepared: PreparedHessian,
     *,
@@ -179,11 +157,21 @@ def decompose(
     q_bits: int = 2,
     rank: int = 0,
     factor_bits: int = 4,
+    factor_codebook: str = "lloyd-max",
     rounds: int = 3,
     inner_iterations: int = 5,
     sweeps: int = 2,
     init: str = "lr_first",
+    q_hessian: str = "plain",
+    update_order: Sequence[str] = ("LR", "Q"),
     feedback: bool = True,
+    activation_aware_lr: bool = True,
+    randomised_svd: bool | Literal["auto"] = "auto",
+    scale_search: bool = False,
+    scale_multiplier: float = 1.0,
+    compute_q: bool = True,
+    compute_lr: bool = True,
+    rescale: bool = False,
     generator: torch.Generator | None = None,
 ) -> Decomposition:
     """Compress one matrix; the best state after every component has been updated once is returned.
@@ -194,98 +182,125 @@ def decompose(
         codebook: name in ``CODEBOOKS``; ``q_bits`` = 0 leaves Q out.
         rank: components of L R; 0 leaves them out.
         factor_bits: bits per entry of L and R, 16 = bfloat16.
+        factor_codebook: codebook of L and R (``lloyd-max``, ``uniform``, ``e8p``, ...).
         rounds: outer rounds T; stops early when three rounds gain less than 0.1 %.
-        init: which component is updated first.
+        inner_iterations: least-squares steps of each factor within one LR step.
+        sweeps: guarded sweeps after each pass of LDLQ.
+        init: ``lr_first``, ``q_first``, ``odlri``, ``srr``, or ``auto``: one round of lr_first and
+            of odlri, the better one continues.
+        q_hessian: ``plain``, ``downdate``, ``projq``, or ``auto``: each tried for one round.
+        update_order: components of one round; ``init="q_first"`` puts Q first.
         feedback: False rounds Q without looking at H.
+        activation_aware_lr: False fits L R by plain singular vectors, as if H = I.
+        randomised_svd: ``auto`` where the rank is small enough to pay; checked to 1e-3 of the loss.
+        scale_search: search the scale of Q on a grid of 7 points, 0.8 .. 1.1, by the true loss.
+        scale_multiplier: factor on the codebook's own input scale.
+        compute_q, compute_lr: False leaves the component out.
+        rescale: balance input channels and weight columns by d (``Decomposition.rescale``).
         generator: of the output-side signs; needed when ``prepared`` is rotated.
 
     Raises:
         ConfigError: nothing to do, unknown codebook or bits, rank out of range.
         DataError: non-finite weight, shapes that do not fit.
     """
+    settings = {k: v for k, v in locals().items() if k not in ("weight", "prepared", "generator")}
+    settings["update_order"] = list(update_order)
     m, n = weight.shape
-    check_settings(shape=(m, n), q_bits=q_bits, rank=rank, rounds=rounds, init=init)
+    order = tuple(update_order)
+    q_bits = q_bits if compute_q and ("Q" in order or not order) else 0
+    rank = rank if compute_lr and ("LR" in order or not order) else 0
+    check_settings(
+        shape=(m, n),
+        q_bits=q_bits,
+        rank=rank,
+        rounds=rounds,
+        init=init,
+        q_hessian=q_hessian,
+        update_order=order,
+    )
+    if rank and factor_bits != 16:
+        factor_book(factor_codebook, factor_bits)
     require_finite("weight", weight)
     if prepared.matrix.shape[0] != n:
         raise DataError(f"Hessian of width {prepared.matrix.shape[0]} for {n} inputs")
-    blocks = CodebookBlocks(make_codebook(codebook, q_bits), n) if q_bits else None
-
+    rounding = None
+    if q_bits:
+        rounding = QRounding(
+            CodebookBlocks(make_codebook(codebook, q_bits), n),
+            sweeps=sweeps,
+            feedback=feedback,
+            multiplier=scale_multiplier,
+            search=scale_search,
+        )
+    original = weight.detach().float()
+    patterns = None
+    if rescale:
+        patterns, original, prepared = rescaling(original, prepared)
     signs_out = None
-    target = weight.detach().float()
     if prepared.signs_in is not None:
         if generator is None:
             raise ConfigError("the Hessian is rotated: a generator for the output signs is needed")
         signs_out = random_signs(m, generator)
-        target = rotate_weight(target, signs_out, prepared.signs_in)
-    rms = float(target.square().mean().sqrt())
+        original = rotate_weight(original, signs_out, prepared.signs_in)
+    rms = float(original.square().mean().sqrt())
     power = 2.0 ** round(math.log2(rms)) if rms > 0 else 1.0
-    target = target / power
-    hessian = prepared.matrix.to(target.dtype)
-    whitening = cholesky_whitening(prepared.factor.to(target.dtype))
-    total = max(weighted_loss(target, hessian), 1e-300)
-
-    state = _State()
-    best: tuple[float, _State] = (math.inf, state)
-    history: list[dict] = []
-    steps = [c for c, wanted in (("LR", rank > 0), ("Q", blocks is not None)) if wanted]
-    if init == "q_first":
-        steps.reverse()
-    at_round_end: list[float] = []
-
-    def update(component: str, turn: int) -> None:
-        nonlocal state, best
-        if component == "LR":
-            low_rank = fit_low_rank(
-                target - state.q,
-                hessian,
-                whitening,
-                rank=rank,
-                bits=factor_bits,
-                inner_iterations=inner_iterations,
-            )
-            state = state.with_low_rank(low_rank)
-        else:
-            assert blocks is not None
-            codes, scale, q = quantise_q(
-                target - state.lr, prepared, blocks, sweeps=sweeps, feedback=feedback
-            )
-            state = state.with_q(codes, scale, q)
-        error = math.sqrt(weighted_loss(target - state.q - state.lr, hessian) / total)
-        history.append({"round": turn, "component": component, "error": error})
-        if len(history) >= len(steps) and error < best[0]:
-            best = (error, state)
-
-    for turn in range(1, rounds + 1):
-        for component in steps:
-            update(component, turn)
-        at_round_end.append(best[0])
-        if len(steps) < 2 or _stalled(at_round_end):
-            break
-    if len(steps) == 2 and factor_bits == 16 and steps[-1] == "Q":
-        update("LR", rounds + 1)  # exact factors repair Q's last error; rounded ones would not
-    return _finish(weight, target, prepared, best[1], history, power, codebook, q_bits, signs_out)
+    problem = Problem(
+        target=original / power,
+        prepared=prepared,
+        rounding=rounding,
+        rank=rank,
+        factor_bits=factor_bits,
+        factor_codebook=factor_codebook,
+        inner_iterations=inner_iterations,
+        activation_aware_lr=activation_aware_lr,
+        randomised_svd=randomised_svd,
+    )
+    done = run_alternation(problem, rounds=rounds, init=init, q_hessian=q_hessian, order=order)
+    draft = Decomposition(
+        shape=(m, n),
+        codebook=codebook,
+        q_bits=q_bits,
+        q_codes=[],
+        q_scale=0.0,
+        left=None,
+        right=None,
+        signs_out=signs_out,
+        signs_in=prepared.signs_in,
+        rescale=patterns,
+        settings=settings | {"init": done.init, "q_hessian": done.q_hessian},
+    )
+    assert done.best is not None
+    return _measured(_filled(draft, done, power), original, prepared)
 
 
-def _stalled(errors: list[float]) -> bool:
-    """Less than 0.1 % gained over the last three rounds."""
-    return len(errors) > 3 and errors[-1] > errors[-4] * (1 - 1e-3)
+def quip_sharp(
+    weight: Float[Tensor, "m n"],
+    prepared: PreparedHessian,
+    *,
+    q_bits: int = 2,
+    sweeps: int = 10,
+    scale_multiplier: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Decomposition:
+    """The baseline without L R: RHT, LDLQ on E8P, guarded sweeps, one pass.   [QuIP# without
+    fine-tuning]
 
-
-@dataclass(frozen=True)
-class _State:
-    """One iterate, in units of the power of two; q and lr are decoded matrices."""
-
-    q: Tensor | float = 0.0
-    lr: Tensor | float = 0.0
-    codes: tuple[Tensor, ...] = ()
-    scale: float = 0.0
-    low_rank: LowRank | None = None
-
-    def with_low_rank(self, low_rank: LowRank) -> _State:
-        return _State(self.q, low_rank.product(), self.codes, self.scale, low_rank)
-
-    def with_q(self, codes: list[Tensor], scale: float, q: Tensor) -> _State:
-        return _State(q, self.lr, tuple(codes), scale, self.low_rank)
+    The input scale is 0.9 times the codebook's at 2 bits, as published; the residual codebooks of
+    3 and 4 bits keep theirs.
+    """
+    if scale_multiplier is None:
+        scale_multiplier = 0.9 if q_bits == 2 else 1.0
+    return decompose(
+        weight,
+        prepared,
+        codebook="e8p",
+        q_bits=q_bits,
+        rank=0,
+        rounds=1,
+        sweeps=sweeps,
+        scale_multiplier=scale_multiplier,
+        generator=generator,
+    )
 
 
 def _rescaled(factor: QuantisedFactor, power: float) -> QuantisedFactor:
@@ -293,52 +308,46 @@ def _rescaled(factor: QuantisedFactor, power: float) -> QuantisedFactor:
     stored = factor.codes.to(torch.int16) if factor.bits == 16 else factor.scales
     moved = (stored.view(torch.bfloat16) * power).view(torch.int16)
     if factor.bits == 16:
-        return QuantisedFactor(moved.long(), factor.scales, 16)
-    return QuantisedFactor(factor.codes, moved, factor.bits)
+        return replace(factor, codes=moved.long())
+    return replace(factor, scales=moved)
 
 
-def _finish(
-    weight: Tensor,
-    target: Tensor,
-    prepared: PreparedHessian,
-    state: _State,
-    history: list[dict],
-    power: float,
-    codebook: str,
-    q_bits: int,
-    signs_out: Tensor | None,
-) -> Decomposition:
-    """Put the power of two back, and measure the error anew from codes alone."""
-    m, n = weight.shape
-    low = state.low_rank
-    draft = Decomposition(
-        shape=(m, n),
-        codebook=codebook,
-        q_bits=q_bits,
-        q_codes=list(state.codes),
-        q_scale=state.scale * power,
-        left=None if low is None else _rescaled(low.left, power),
-        right=None if low is None else low.right,
-        signs_out=signs_out,
-        signs_in=prepared.signs_in,
-    )
-    hessian = prepared.matrix.double()
-    original = target.double() * power
-    difference = original - draft.rotated().double()
-    scale = max(weighted_loss(original, hessian), 1e-300)
+def _filled(draft: Decomposition, done: Alternation, power: float) -> Decomposition:
+    """Codes and scales of the best iterate, with the power of two put back."""
+    best: Iterate | None = done.best
+    assert best is not None
+    low = best.low_rank
     return replace(
         draft,
-        error=math.sqrt(weighted_loss(difference, hessian) / scale),
-        frobenius=float(difference.norm() / original.norm().clamp_min(1e-300)),
-        history=history,
+        q_codes=list(best.codes),
+        q_scale=best.scale * power,
+        left=None if low is None else _rescaled(low.left, power),
+        right=None if low is None else low.right,
+        history=done.history,
+    )
+
+
+def _measured(
+    draft: Decomposition, original: Float[Tensor, "m n"], prepared: PreparedHessian
+) -> Decomposition:
+    """Errors measured anew from codes alone, and the bits."""
+    hessian = prepared.matrix.double()
+    wide = original.double()
+    difference = wide - draft.rotated().double()
+    left = draft.left
+    return replace(
+        draft,
+        error=math.sqrt(
+            weighted_loss(difference, hessian) / max(weighted_loss(wide, hessian), 1e-300)
+        ),
+        frobenius=float(difference.norm() / wide.norm().clamp_min(1e-300)),
         bits=layer_bits(
-            m,
-            n,
-            codebook=codebook,
-            q_bits=q_bits,
+            *draft.shape,
+            codebook=draft.codebook,
+            q_bits=draft.q_bits,
             rank=draft.rank,
-            factor_bits=low.left.bits if low is not None else 16,
-            rotated=signs_out is not None,
+            factor_bits=left.bits if left is not None else 16,
+            rotated=draft.signs_out is not None,
         ),
     )
 

@@ -2,7 +2,8 @@
 
     L <- q( A H R^T (R H R^T)^-1 )        R <- q( (L^T L)^-1 L^T A )
 
-Each component (column of L, row of R) has its own bfloat16 scale; entries are Lloyd-Max codes. At
+Each component (column of L, row of R) has its own bfloat16 scale and Lloyd-Max codes. Codebooks of
+several dimensions (``e8p``) take one scale for the whole factor, as the published code does. At
 16 bits the factors are plain bfloat16 without scales.
 """
 
@@ -14,8 +15,9 @@ import torch
 from jaxtyping import Float, Int16, Int64
 from torch import Tensor
 
-from lplr_q.codebooks.scalar import LloydMaxCodebook
-from lplr_q.linalg.ldlq import weighted_loss
+from lplr_q.codebooks.base import Codebook, make_codebook
+from lplr_q.linalg.ldlq import CodebookBlocks, weighted_loss
+from lplr_q.linalg.randsvd import RandomisedSVD
 from lplr_q.linalg.regression import Whitening, rank_constrained_regression
 from workbench.errors import ConfigError
 
@@ -24,39 +26,93 @@ FACTOR_BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
 
 @dataclass(frozen=True)
 class QuantisedFactor:
-    """Codes of a (components, length) matrix and one scale per component (none at 16 bits)."""
+    """Codes of a (components, length) matrix and its scales (none at 16 bits)."""
 
-    codes: Int64[Tensor, "r length"]
-    scales: Int16[Tensor, " r"]
-    """Bit patterns of the bfloat16 scales; empty at 16 bits."""
+    codes: Int64[Tensor, "r slots"]
+    """One code per entry for scalar codebooks and at 16 bits; else the streams of all whole blocks
+    of a row, then the scalar codes of the remaining entries."""
+    scales: Int16[Tensor, " scales"]
+    """Bit patterns of the bfloat16 scales: one per component, or one for the whole factor."""
     bits: int
+    codebook: str = "lloyd-max"
+    length: int = 0
+    """Entries per component; 0 means as many as codes."""
 
     def decode(self) -> Float[Tensor, "r length"]:
         """The factor, float32."""
-        return decode_factor(self.codes, self.scales, self.bits)
+        return decode_factor(self.codes, self.scales, self.bits, self.codebook, self.length)
 
 
-def decode_factor(
-    codes: Int64[Tensor, "r length"], scales: Int16[Tensor, "..."], bits: int
-) -> Float[Tensor, "r length"]:
-    """Levels times scale per component; at 16 bits the codes are bfloat16 bit patterns."""
-    if bits == 16:
-        return codes.to(torch.int16).view(torch.bfloat16).float()
-    levels = LloydMaxCodebook(bits).decode(codes[..., None])[..., 0]
-    return levels * scales.view(torch.bfloat16).float()[:, None]
+def factor_book(codebook: str, bits: int) -> Codebook:
+    """The codebook of factors with ``bits`` per entry.
 
-
-def quantise_factor(factor: Float[Tensor, "r length"], bits: int) -> QuantisedFactor:
-    """Round each row with its rms as scale; the scale is rounded before the codes are chosen."""
+    Raises:
+        ConfigError: no such bits; ``codebook`` is unknown or has no such version.
+    """
     if bits not in FACTOR_BITS:
         choices = ", ".join(map(str, FACTOR_BITS))
         raise ConfigError(f"factors cannot have {bits} bits; choose from {choices}")
+    return make_codebook(codebook, bits)
+
+
+def factor_layout(
+    rank: int, length: int, *, bits: int, codebook: str = "lloyd-max"
+) -> tuple[int, int]:
+    """(codes per component, scales of the whole factor) of a (rank, length) factor.
+
+    >>> factor_layout(3, 40, bits=4)
+    (40, 3)
+    """
     if bits == 16:
-        codes = factor.to(torch.bfloat16).view(torch.int16).long()
-        return QuantisedFactor(codes, torch.empty(0, dtype=torch.int16), bits)
-    scale = factor.float().square().mean(1).sqrt().clamp_min(1e-30).to(torch.bfloat16)
-    codes = LloydMaxCodebook(bits).encode((factor / scale.to(factor.dtype)[:, None])[..., None])
-    return QuantisedFactor(codes[..., 0], scale.view(torch.int16), bits)
+        return length, 0
+    book = factor_book(codebook, bits)
+    whole, tail = divmod(length, book.dim)
+    return whole * len(book.streams) + tail, rank if book.dim == 1 else 1
+
+
+def decode_factor(
+    codes: Int64[Tensor, "r slots"],
+    scales: Int16[Tensor, "..."],
+    bits: int,
+    codebook: str = "lloyd-max",
+    length: int = 0,
+) -> Float[Tensor, "r length"]:
+    """Points times scale; at 16 bits the codes are bfloat16 bit patterns."""
+    if bits == 16:
+        return codes.to(torch.int16).view(torch.bfloat16).float()
+    scale = scales.view(torch.bfloat16).float()[:, None]
+    book = make_codebook(codebook, bits)
+    if book.dim == 1:
+        return book.decode(codes[..., None])[..., 0] / book.opt_scale * scale
+    blocks = CodebookBlocks(book, length or codes.shape[1])
+    whole = (blocks.n // book.dim) * len(book.streams)
+    packed = codes[:, :whole].unflatten(1, (-1, len(book.streams))) if whole else None
+    return blocks.decode_packed(packed, codes[:, whole:] if blocks.tail else None) * scale
+
+
+def quantise_factor(
+    factor: Float[Tensor, "r length"], bits: int, codebook: str = "lloyd-max"
+) -> QuantisedFactor:
+    """Round with the rms (of each row, or of the matrix) as scale; the scale is rounded before the
+    codes are chosen."""
+    length = factor.shape[1]
+    if bits == 16:
+        patterns = factor.to(torch.bfloat16).view(torch.int16).long()
+        return QuantisedFactor(patterns, torch.empty(0, dtype=torch.int16), 16, codebook, length)
+    book = factor_book(codebook, bits)
+    square = factor.float().square()
+    power = square.mean(1) if book.dim == 1 else square.mean()[None]
+    scale = power.sqrt().clamp_min(1e-30).to(torch.bfloat16)
+    unit = factor / scale.to(factor.dtype)[:, None]
+    if book.dim == 1:
+        codes = book.encode((unit * book.opt_scale)[..., None])[..., 0]
+    else:
+        blocks = CodebookBlocks(book, length)
+        parts = [
+            blocks.quantise(unit[:, low:high], k)[0] for k, (low, high) in enumerate(blocks.bounds)
+        ]
+        codes = torch.cat(parts, dim=1)
+    return QuantisedFactor(codes, scale.view(torch.int16), bits, codebook, length)
 
 
 @dataclass(frozen=True)
@@ -104,10 +160,20 @@ def fit_low_rank(
     *,
     rank: int,
     bits: int = 4,
+    codebook: str = "lloyd-max",
     inner_iterations: int = 5,
+    svd: RandomisedSVD | None = None,
+    start: tuple[Tensor, Tensor] | None = None,
 ) -> LowRank:
-    """The best pair met while alternating rounded least squares from the closed-form optimum."""
-    left, right, _ = rank_constrained_regression(target, whitening, rank)
+    """The best pair met while alternating rounded least squares.
+
+    Starts from the closed-form optimum, or from ``start`` = (L, R); ``svd`` replaces the exact
+    singular value decomposition.
+    """
+    if start is None:
+        left, right, _ = rank_constrained_regression(target, whitening, rank, svd=svd)
+    else:
+        left, right = start
     best: LowRank | None = None
 
     def consider(l_codes: QuantisedFactor, r_codes: QuantisedFactor) -> None:
@@ -117,15 +183,16 @@ def fit_low_rank(
         if best is None or loss < best.loss:
             best = LowRank(l_codes, r_codes, loss)
 
-    l_codes, r_codes = quantise_factor(left.T, bits), quantise_factor(right, bits)
+    l_codes = quantise_factor(left.T, bits, codebook)
+    r_codes = quantise_factor(right, bits, codebook)
     consider(l_codes, r_codes)
     for step in range(inner_iterations):
         if step:
             left = fit_left(target, hessian, r_codes.decode().to(target.dtype))
-            l_codes = quantise_factor(left.T, bits)
+            l_codes = quantise_factor(left.T, bits, codebook)
             consider(l_codes, r_codes)
         right = fit_right(target, l_codes.decode().T.to(target.dtype))
-        r_codes = quantise_factor(right, bits)
+        r_codes = quantise_factor(right, bits, codebook)
         consider(l_codes, r_codes)
     assert best is not None
     return best

@@ -267,8 +267,20 @@ def unrotate_weight(
     return unrotate_rows(unrotate_rows(weight, signs_in).T, signs_out).T.contiguous()
 
 
+def require_hadamard(n: int) -> None:
+    """Raise ConfigError when width ``n`` would take the Hartley fallback."""
+    plan = hadamard_plan(n)
+    if not plan.is_hadamard:
+        raise ConfigError(
+            f"no Hadamard matrix of order {n} is constructed here (Sylvester, Paley and their "
+            "Kronecker products); drop the strict setting to use the Hartley transform"
+        )
+
+
 def rotate_hessian(
-    hessian: Float[Tensor, "n n"], signs_in: Int8[Tensor, " n"]
+    hessian: Float[Tensor, "n n"], signs_in: Int8[Tensor, " n"], *, strict: bool = False
 ) -> Float[Tensor, "n n"]:
-    """H~ = Theta diag(s_in) H diag(s_in) Theta^T."""
+    """H~ = Theta diag(s_in) H diag(s_in) Theta^T; ``strict`` refuses the Hartley fallback."""
+    if strict:
+        require_hadamard(len(signs_in))
     return rotate_rows(rotate_rows(hessian, signs_in).T, signs_in).T.contiguous()

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lplr_q.linalg.randsvd import RandomisedSVD
+
 
 @dataclass(frozen=True)
 class Whitening:
@@ -29,6 +31,11 @@ class Whitening:
             return torch.linalg.solve_triangular(self.forward, z, upper=False, left=False)
         assert self.inverse is not None
         return z @ self.inverse
+
+    def to(self, dtype: torch.dtype) -> Whitening:
+        """The same in another type."""
+        inverse = None if self.inverse is None else self.inverse.to(dtype)
+        return Whitening(self.forward.to(dtype), self.triangular, inverse)
 
 
 def cholesky_whitening(factor: Float[Tensor, "n n"]) -> Whitening:
@@ -46,16 +53,21 @@ def eigen_whitening(hessian: Float[Tensor, "n n"], *, floor: float = 1e-8) -> Wh
 
 
 def rank_constrained_regression(
-    target: Float[Tensor, "m n"], whitening: Whitening, rank: int
+    target: Float[Tensor, "m n"],
+    whitening: Whitening,
+    rank: int,
+    *,
+    svd: RandomisedSVD | None = None,
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"], Float[Tensor, " k"]]:
-    """Balanced factors L = U_r S_r^(1/2), R = S_r^(1/2) Z_r^T C^-1, and all singular values of A
-    C."""
-    product = target @ whitening.forward.to(target.dtype)
-    u, s, zt = torch.linalg.svd(product, full_matrices=False)
+    """Balanced factors L = U_r S_r^(1/2), R = S_r^(1/2) Z_r^T C^-1, and the singular values of A C.
+
+    All of them from the exact decomposition, the first r when ``svd`` computes it.
+    """
+    whitening = whitening.to(target.dtype)
+    product = target @ whitening.forward
+    if svd is None:
+        u, s, zt = torch.linalg.svd(product, full_matrices=False)
+    else:
+        u, s, zt = svd(product, rank)
     root = s[:rank].sqrt()
-    right = Whitening(
-        whitening.forward.to(target.dtype),
-        whitening.triangular,
-        None if whitening.inverse is None else whitening.inverse.to(target.dtype),
-    ).undo(root[:, None] * zt[:rank])
-    return u[:, :rank] * root, right, s
+    return u[:, :rank] * root, whitening.undo(root[:, None] * zt[:rank]), s

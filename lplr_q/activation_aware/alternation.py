@@ -1,0 +1,302 @@
+"""The alternation itself: LR steps and Q steps on one matrix in its rotated basis.
+[CALDERA Alg. 1]
+
+Every sub-step is measured with the true H and recorded; the best iterate among those in which all
+components exist is kept, because rounded factors and shaped Hessians make single steps go up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lplr_q.activation_aware.factors import LowRank, QuantisedFactor, fit_low_rank, quantise_factor
+from lplr_q.activation_aware.initial import odlri_start, srr_split
+from lplr_q.activation_aware.prepared import PreparedHessian
+from lplr_q.activation_aware.shaping import Q_HESSIANS, blind_hessian, covered_directions
+from lplr_q.linalg.ldl import block_ldl
+from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep, ldlq, weighted_loss
+from lplr_q.linalg.randsvd import RandomisedSVD
+from lplr_q.linalg.regression import cholesky_whitening, rank_constrained_regression
+
+SCALE_GRID = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
+
+
+@dataclass(frozen=True)
+class QRounding:
+    """How Q is rounded."""
+
+    blocks: CodebookBlocks
+    sweeps: int = 2
+    feedback: bool = True
+    multiplier: float = 1.0
+    """Factor on the codebook's input scale."""
+    search: bool = False
+    """Choose the multiplier from ``SCALE_GRID`` by the loss of a pass without sweeps."""
+
+
+def quantise_q(
+    target: Float[Tensor, "m n"],
+    hessian: Float[Tensor, "n n"],
+    lower: Float[Tensor, "n n"] | None,
+    rounding: QRounding,
+) -> tuple[list[Tensor], float, Float[Tensor, "m n"]]:
+    """The Q step: LDLQ on target / rms, then guarded sweeps until the relative gain is below
+    1e-4."""
+    blocks = rounding.blocks
+    rms = float(target.square().mean().sqrt().clamp_min(1e-30))
+
+    def attempt(multiplier: float, rows: Tensor) -> tuple[float, Tensor, list[Tensor], Tensor]:
+        # the scale is stored as float32; use the stored value from here on
+        scale = float(torch.tensor(rms / multiplier, dtype=torch.float32))
+        unit = rows / scale
+        feedback = torch.eye(unit.shape[1]).to(unit) if lower is None else lower
+        return scale, unit, *ldlq(unit, feedback, blocks)
+
+    multiplier = rounding.multiplier
+    if rounding.search:
+        some = _sampled_rows(target, 128)
+        losses = []
+        for factor in SCALE_GRID:
+            scale, unit, _, points = attempt(factor * multiplier, some)
+            losses.append(weighted_loss((unit - points) * scale, hessian))
+        multiplier *= SCALE_GRID[losses.index(min(losses))]
+    scale, unit, codes, points = attempt(multiplier, target)
+    if lower is not None and rounding.sweeps:
+        loss = weighted_loss(unit - points, hessian)
+        for _ in range(rounding.sweeps):
+            codes, points = guarded_sweep(unit, hessian, blocks, codes, points)
+            before, loss = loss, weighted_loss(unit - points, hessian)
+            if before - loss < 1e-4 * before:
+                break
+    return codes, scale, points * scale
+
+
+def _sampled_rows(target: Tensor, count: int) -> Tensor:
+    """At most ``count`` rows in groups of 16 neighbours, spread evenly."""
+    m = len(target)
+    if m <= count:
+        return target
+    starts = torch.linspace(0, m - 16, count // 16).long()
+    return target[(starts[:, None] + torch.arange(16)).flatten().to(target.device)]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One matrix in units of a power of two, rotated if ``prepared`` is, and how to compress it."""
+
+    target: Float[Tensor, "m n"]
+    prepared: PreparedHessian
+    rounding: QRounding | None
+    rank: int = 0
+    factor_bits: int = 4
+    factor_codebook: str = "lloyd-max"
+    inner_iterations: int = 5
+    activation_aware_lr: bool = True
+    randomised_svd: bool | Literal["auto"] = "auto"
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """One state; q and lr are decoded matrices."""
+
+    q: Tensor | float = 0.0
+    lr: Tensor | float = 0.0
+    codes: tuple[Tensor, ...] = ()
+    scale: float = 0.0
+    low_rank: LowRank | None = None
+
+    def with_low_rank(self, low_rank: LowRank) -> Iterate:
+        """With another L R."""
+        return replace(self, lr=low_rank.product(), low_rank=low_rank)
+
+    def with_q(self, codes: list[Tensor], scale: float, q: Tensor) -> Iterate:
+        """With another Q."""
+        return replace(self, q=q, codes=tuple(codes), scale=scale)
+
+
+@dataclass
+class Alternation:
+    """A run of the alternation, which can be continued."""
+
+    problem: Problem
+    steps: tuple[str, ...]
+    init: str
+    q_hessian: str
+    state: Iterate = field(default_factory=Iterate)
+    best: Iterate | None = None
+    best_error: float = math.inf
+    history: list[dict] = field(default_factory=list)
+    svd: RandomisedSVD | None = None
+
+    def __post_init__(self) -> None:
+        problem = self.problem
+        hessian = problem.prepared.single()
+        self.total = max(weighted_loss(problem.target, hessian), 1e-300)
+        svd = RandomisedSVD()
+        wanted = problem.randomised_svd
+        if wanted is True or (wanted == "auto" and svd.worth(*problem.target.shape, problem.rank)):
+            self.svd = svd
+
+    def round(self, turn: int) -> None:
+        """One update of every component."""
+        for component in self.steps:
+            self.update(component, turn)
+        if turn == 1 and self.init == "srr" and len(self.steps) == 2:
+            self._repair()
+
+    def update(self, component: str, turn: int) -> None:
+        """One sub-step, recorded."""
+        if component == "LR":
+            self.state = self.state.with_low_rank(self._low_rank(turn))
+        else:
+            self.state = self.state.with_q(*self._rounded())
+        self._record(component, turn, complete=len(self.history) + 1 >= len(self.steps))
+
+    def _record(self, component: str, turn: int, *, complete: bool) -> None:
+        error_matrix = self.problem.target - self.state.q - self.state.lr
+        loss = weighted_loss(error_matrix, self.problem.prepared.single())
+        error = math.sqrt(max(loss, 0.0) / self.total)
+        self.history.append({"round": turn, "component": component, "error": error})
+        low = self.state.low_rank
+        whole = low is None or len(low.left.codes) == self.problem.rank
+        if complete and whole and error < self.best_error:
+            self.best, self.best_error = self.state, error
+
+    def _low_rank(self, turn: int) -> LowRank:
+        problem = self.problem
+        target, rank, start = problem.target - self.state.q, problem.rank, None
+        if turn == 1 and self.init == "odlri":
+            target, start = odlri_start(problem.target, problem.prepared, rank)
+        if turn == 1 and self.init == "srr" and problem.rounding is not None:
+            rank = max(1, srr_split(problem.target, problem.prepared, rank))
+        return self._fit(target, rank, start)
+
+    def _fit(
+        self, target: Tensor, rank: int, start: tuple[Tensor, Tensor] | None = None
+    ) -> LowRank:
+        problem = self.problem
+        if problem.activation_aware_lr:
+            hessian, whitening = problem.prepared.single(), problem.prepared.whitening()
+        else:
+            hessian = torch.eye(target.shape[1]).to(target)
+            whitening = cholesky_whitening(hessian)
+        return fit_low_rank(
+            target,
+            hessian,
+            whitening,
+            rank=rank,
+            bits=problem.factor_bits,
+            codebook=problem.factor_codebook,
+            inner_iterations=problem.inner_iterations,
+            svd=self.svd,
+            start=start,
+        )
+
+    def _repair(self) -> None:
+        """SRR: the components left over fit W - Q - L R; the first ones stay as they are."""
+        low, rank = self.state.low_rank, self.problem.rank
+        assert low is not None
+        spare = rank - len(low.left.codes)
+        if spare:
+            more = self._fit(self.problem.target - self.state.q - self.state.lr, spare)
+            joined = LowRank(
+                _joined(low.left, more.left), _joined(low.right, more.right), more.loss
+            )
+            self.state = self.state.with_low_rank(joined)
+            self._record("LR", 1, complete=True)
+
+    def _rounded(self) -> tuple[list[Tensor], float, Tensor]:
+        problem = self.problem
+        rounding, prepared = problem.rounding, problem.prepared
+        assert rounding is not None
+        residual = problem.target - self.state.lr
+        block = rounding.blocks.codebook.dim
+        if not rounding.feedback:
+            return quantise_q(residual, prepared.single(), None, rounding)
+        directions = self._blind_directions()
+        if directions is None:
+            lower = prepared.lower_for(block)
+            return quantise_q(residual, prepared.single(), lower, rounding)
+        shaped = blind_hessian(prepared.whitening(), directions)
+        lower = block_ldl(shaped, block).lower.float()
+        return quantise_q(residual, shaped.float(), lower, rounding)
+
+    def _blind_directions(self) -> Float[Tensor, "n r"] | None:
+        """Directions Q need not look at, or None for the plain Hessian."""
+        low, whitening = self.state.low_rank, self.problem.prepared.whitening()
+        if self.q_hessian == "downdate" and low is not None:
+            return covered_directions(low.right.decode(), whitening)
+        if self.q_hessian == "projq" and self.problem.rank:
+            _, right, _ = rank_constrained_regression(
+                self.problem.target - self.state.q, whitening, self.problem.rank, svd=self.svd
+            )
+            return covered_directions(right, whitening)
+        return None
+
+
+def _joined(first: QuantisedFactor, second: QuantisedFactor) -> QuantisedFactor:
+    """Components of both."""
+    if first.bits != 16 and len(first.scales) != len(first.codes):
+        both = torch.cat([first.decode(), second.decode()])  # one scale for the whole factor
+        return quantise_factor(both, first.bits, first.codebook)
+    return replace(
+        first,
+        codes=torch.cat([first.codes, second.codes]),
+        scales=torch.cat([first.scales, second.scales]),
+    )
+
+
+def _stalled(errors: list[float]) -> bool:
+    """Less than 0.1 % gained over the last three rounds."""
+    return len(errors) > 3 and errors[-1] > errors[-4] * (1 - 1e-3)
+
+
+def run_alternation(
+    problem: Problem,
+    *,
+    rounds: int,
+    init: str = "lr_first",
+    q_hessian: str = "plain",
+    order: Sequence[str] = ("LR", "Q"),
+) -> Alternation:
+    """Up to ``rounds`` rounds; ``auto`` settings are decided by measurement in the first one."""
+    wanted = {"LR": problem.rank > 0, "Q": problem.rounding is not None}
+    steps = tuple(c for c in order if wanted[c])
+    both = len(steps) == 2
+
+    def begun(init: str, q_hessian: str) -> Alternation:
+        sequence = ("Q", "LR") if init == "q_first" and both else steps
+        if init in ("odlri", "srr") and both:
+            sequence = ("LR", "Q")
+        run = Alternation(problem, sequence, init, q_hessian)
+        run.round(1)
+        return run
+
+    first = "plain" if q_hessian == "auto" else q_hessian
+    run = min(
+        (
+            begun(name, first)
+            for name in (("lr_first", "odlri") if init == "auto" and both else (init,))
+        ),
+        key=lambda r: r.best_error,
+    )
+    if not both:
+        return run
+    if q_hessian == "auto":
+        run = min((begun(run.init, name) for name in Q_HESSIANS), key=lambda r: r.best_error)
+    at_round_end = [run.best_error]
+    for turn in range(2, rounds + 1):
+        run.round(turn)
+        at_round_end.append(run.best_error)
+        if _stalled(at_round_end):
+            break
+    if problem.factor_bits == 16 and run.steps[-1] == "Q":
+        run.update("LR", rounds + 1)  # exact factors repair Q's last error; rounded ones would not
+    return run

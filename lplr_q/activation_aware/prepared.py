@@ -1,0 +1,111 @@
+"""What depends on the second moment of the inputs alone, computed once and shared.
+
+Sublayers with the same input (q, k and v; up and gate) and all rounds of the alternation use one
+:class:`PreparedHessian`: one regularisation, one rotation, one Cholesky factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int8, Int16
+from torch import Tensor
+
+from lplr_q.linalg.hadamard import random_signs, rotate_hessian, unrotate_rows
+from lplr_q.linalg.ldl import block_ldl, cholesky, regularise
+from lplr_q.linalg.regression import Whitening, cholesky_whitening
+from workbench.errors import DataError
+
+
+@dataclass(frozen=True)
+class PreparedHessian:
+    """Regularised and (with ``signs_in``) rotated H, its factor, and what was derived from them."""
+
+    matrix: Float[Tensor, "n n"]
+    lower: dict[int, Tensor]
+    """M of the block LDL factorisation by block width."""
+    factor: Float[Tensor, "n n"]
+    """Cholesky factor C, H = C C^T."""
+    signs_in: Int8[Tensor, " n"] | None
+    channels: Float[Tensor, " n"] | None = None
+    """Diagonal of H before the rotation: the energy of each input channel."""
+    cache: dict[str, Tensor] = field(default_factory=dict)
+
+    def single(self) -> Float[Tensor, "n n"]:
+        """H in float32."""
+        if "single" not in self.cache:
+            self.cache["single"] = self.matrix.float()
+        return self.cache["single"]
+
+    def whitening(self) -> Whitening:
+        """C in float32, ready for the low-rank step."""
+        if "whitening" not in self.cache:
+            self.cache["whitening"] = self.factor.float()
+        return cholesky_whitening(self.cache["whitening"])
+
+    def lower_for(self, block: int) -> Float[Tensor, "n n"]:
+        """M for blocks of this width, float32."""
+        if block not in self.lower:
+            self.lower[block] = block_ldl(self.matrix, block).lower.float()
+        return self.lower[block]
+
+
+def prepare_hessian(
+    hessian: Float[Tensor, "n n"] | None,
+    n: int,
+    *,
+    generator: torch.Generator | None,
+    sigma: float = 1e-2,
+    regularised: bool = False,
+    strict: bool = False,
+) -> PreparedHessian:
+    """Regularise, rotate (when a generator for the signs is given) and factor H; None means H = I.
+
+    ``strict`` refuses widths without a Hadamard matrix instead of taking the fallback.
+    """
+    if hessian is None:
+        matrix = torch.eye(n, dtype=torch.float64)
+    elif hessian.shape != (n, n):
+        raise DataError(f"Hessian of shape {tuple(hessian.shape)} for a weight with {n} inputs")
+    else:
+        matrix = hessian.double() if regularised else regularise(hessian, sigma=sigma)
+    return _prepared(matrix, None if generator is None else random_signs(n, generator), strict)
+
+
+def _prepared(matrix: Tensor, signs: Tensor | None, strict: bool = False) -> PreparedHessian:
+    channels = matrix.diagonal().clone()
+    if signs is not None:
+        matrix = rotate_hessian(matrix, signs, strict=strict)
+        matrix = (matrix + matrix.T) / 2
+    return PreparedHessian(matrix, {}, cholesky(matrix), signs, channels)
+
+
+def unrotated(prepared: PreparedHessian) -> Float[Tensor, "n n"]:
+    """H in the basis of the channels."""
+    if prepared.signs_in is None:
+        return prepared.matrix
+    half = unrotate_rows(prepared.matrix, prepared.signs_in)
+    return unrotate_rows(half.T, prepared.signs_in)
+
+
+def rescaling(
+    weight: Float[Tensor, "m n"], prepared: PreparedHessian
+) -> tuple[Int16[Tensor, " n"], Float[Tensor, "m n"], PreparedHessian]:
+    """(d, W diag(d), H of x / d) with d_j = (H_jj / |W_:j|^2)^(1/4).   [QuIP#, rescale_WH]
+
+    d balances the energy of input channels and weight columns. It is divided by its geometric
+    mean, clipped to [1/64, 64] and rounded to bfloat16 (bit patterns are returned) before use.
+    """
+    norms = weight.double().square().sum(0)
+    energy = unrotated(prepared).diagonal()
+    usable = (norms > 0) & (energy > 0)
+    d = torch.ones_like(energy)
+    d[usable] = (energy[usable] / norms[usable]) ** 0.25
+    if bool(usable.any()):
+        d[usable] = d[usable] / d[usable].log().mean().exp()
+    stored = d.clamp(1 / 64, 64).to(torch.bfloat16)
+    scale = stored.double()
+    matrix = unrotated(prepared) / scale[:, None] / scale[None, :]
+    patterns = stored.view(torch.int16)
+    return patterns, weight * scale.to(weight.dtype), _prepared(matrix, prepared.signs_in)
