@@ -29,6 +29,7 @@ def evaluate_tasks(
     batch_size: int = 8,
     task_folder: Path | str | None = None,
     samples: bool = False,
+    num_fewshot: int | None = None,
 ) -> dict[str, Any]:
     """The harness's result for `tasks`: {"results": {task: {metric: value}}, "samples": …}.
 
@@ -40,6 +41,7 @@ def evaluate_tasks(
         batch_size: sequences per forward pass.
         task_folder: folder with further task definitions.
         samples: keep the per-item log-likelihoods.
+        num_fewshot: solved items before each question; None leaves it to the task.
 
     Raises:
         MissingExtra: lm-eval is not installed.
@@ -59,6 +61,7 @@ def evaluate_tasks(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(tasks),
             limit=limit,
+            num_fewshot=num_fewshot,
             task_manager=manager,
             log_samples=samples,
             bootstrap_iters=0,
