@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from lplr_q import native
+
 _CACHED_STATES = 1 << 17  # states of all tiles worked on at once: metric and costs stay in cache
 
 
@@ -128,8 +130,7 @@ class _Survivors:
             torch.sub(columns[t][:, None, None], self.table, out=metric)
             metric.square_().add_(best)
         if overlap is None:
-            place = metric.view(batch, -1).argmin(1)
-            state = (place % self.low) * self.branches + place // self.low
+            state = metric.transpose(1, 2).reshape(batch, -1).argmin(1)
         else:
             ends = torch.arange(self.branches, device=x.device) * self.low + overlap[:, None]
             stored = (ends % self.branches) * self.low + ends // self.branches
@@ -148,7 +149,18 @@ class _Survivors:
 def circles(
     x: Float[Tensor, "batch T"], table: Float[Tensor, " states"], bits: int
 ) -> Int64[Tensor, "batch T"]:
-    """Symbols of tail-biting paths near each row of ``x``: :func:`reference_circle`, batched."""
+    """Symbols of tail-biting paths near each row of ``x``: :func:`reference_circle`, batched.
+
+    The C kernel does it where there is one; its symbols are those of :func:`torch_circles`.
+    """
+    found = native.trellis_circles(x, table, bits)
+    return torch_circles(x, table, bits) if found is None else found
+
+
+def torch_circles(
+    x: Float[Tensor, "batch T"], table: Float[Tensor, " states"], bits: int
+) -> Int64[Tensor, "batch T"]:
+    """:func:`circles` in torch, on any device."""
     survivors = _Survivors(table.to(device=x.device, dtype=torch.float32), bits)
     x = x.float()
     half = x.shape[1] // 2

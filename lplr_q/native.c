@@ -1,0 +1,117 @@
+/* Kernels of the encoders, compiled at first use by lplr_q/native.py; the torch forms give the same
+   codes. Compile with -ffp-contract=off: sums and products are rounded as torch rounds them. */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 8 /* sequences worked on side by side: one SIMD register of floats */
+
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1)));
+
+/* ------------------------------------------------------------------ bitshift trellis (L, k) */
+
+/* Best path through `length` samples of LANES sequences; see lplr_q/codebooks/trellis.py.
+   x (length, LANES); overlap: the low L-k bits before the first and after the last symbol of each
+   lane, or NULL for free ends; path receives the states from position `stop` on, (length, LANES).
+   metric, updated: (2^L, LANES); chosen: (length, 2^(L-k), LANES). */
+static inline __attribute__((always_inline)) void best_path(
+    const float *x, int64_t length, const float *table, int window, const int bits,
+    const int32_t *overlap, int64_t stop, float *metric, float *updated, uint8_t *chosen,
+    int32_t *path)
+{
+    const int64_t branches = 1 << bits, low = (int64_t)1 << (window - bits);
+    for (int64_t t = 0; t < length; t++) {
+        const floats sample = *(const floats *)(x + t * LANES);
+        for (int64_t p = 0; p < low; p++) {
+            floats best;
+            if (t) {
+                ints first = {0};
+                best = *(const floats *)(metric + p * LANES);
+                for (int32_t a = 1; a < branches; a++) {
+                    const floats other = *(const floats *)(metric + (a * low + p) * LANES);
+                    const ints nearer = other < best;
+                    first = (nearer & a) | (~nearer & first);
+                    best = (floats)((nearer & (ints)other) | (~nearer & (ints)best));
+                }
+                *(bytes *)(chosen + (t * low + p) * LANES) = __builtin_convertvector(first, bytes);
+            } else {
+                for (int i = 0; i < LANES; i++)
+                    best[i] = overlap && overlap[i] != p ? __builtin_inff() : 0.0f;
+            }
+            for (int64_t b = 0; b < branches; b++) {
+                const floats off = sample - table[p * branches + b];
+                *(floats *)(updated + (p * branches + b) * LANES) = off * off + best;
+            }
+        }
+        float *swap = metric;
+        metric = updated;
+        updated = swap;
+    }
+    for (int i = 0; i < LANES; i++) {
+        const int64_t step = overlap ? low : 1;
+        int64_t state = overlap ? overlap[i] : 0;
+        for (int64_t s = state + step; s < low * branches; s += step)
+            if (metric[s * LANES + i] < metric[state * LANES + i]) state = s;
+        for (int64_t t = length - 1;; t--) {
+            path[t * LANES + i] = (int32_t)state;
+            if (t == stop) break;
+            const int64_t p = state >> bits;
+            state = chosen[(t * low + p) * LANES + i] * low + p;
+        }
+    }
+}
+
+/* Symbols of closed paths near each of `count` sequences, in two passes. Returns 0, or 1 when there
+   is no memory. x, symbols: (count, length). */
+static inline __attribute__((always_inline)) int closed_paths(
+    const float *x, int64_t count, int64_t length, const float *table, int window, const int bits,
+    uint8_t *symbols)
+{
+    const int64_t states = (int64_t)1 << window, low = states >> bits, half = length / 2;
+    float *metric = malloc(2 * states * LANES * sizeof(float));
+    float *samples = malloc(2 * length * LANES * sizeof(float));
+    uint8_t *chosen = malloc(length * low * LANES);
+    int32_t *path = malloc(length * LANES * sizeof(int32_t));
+    const int missing = !metric || !samples || !chosen || !path;
+    float *turned = samples + length * LANES;
+    for (int64_t first = 0; first < count && !missing; first += LANES) {
+        const int64_t lanes = count - first < LANES ? count - first : LANES;
+        for (int64_t t = 0; t < length; t++)
+            for (int i = 0; i < LANES; i++) { /* idle lanes repeat the last sequence */
+                const int64_t row = first + (i < lanes ? i : lanes - 1);
+                samples[t * LANES + i] = x[row * length + t];
+                turned[t * LANES + i] = x[row * length + (t + half) % length];
+            }
+        const int64_t middle = length - half - 1;
+        int32_t overlap[LANES];
+        best_path(turned, length, table, window, bits, NULL, middle, metric,
+                  metric + states * LANES, chosen, path);
+        for (int i = 0; i < LANES; i++) overlap[i] = path[middle * LANES + i] & (int32_t)(low - 1);
+        best_path(samples, length, table, window, bits, overlap, 0, metric,
+                  metric + states * LANES, chosen, path);
+        for (int64_t i = 0; i < lanes; i++)
+            for (int64_t t = 0; t < length; t++)
+                symbols[(first + i) * length + t] =
+                    (uint8_t)(path[t * LANES + i] & ((1 << bits) - 1));
+    }
+    free(metric);
+    free(samples);
+    free(chosen);
+    free(path);
+    return missing;
+}
+
+int trellis_circles(const float *x, int64_t count, int64_t length, const float *table, int window,
+                    int bits, uint8_t *symbols)
+{
+    switch (bits) { /* constants let the compiler unroll the branches */
+    case 1: return closed_paths(x, count, length, table, window, 1, symbols);
+    case 2: return closed_paths(x, count, length, table, window, 2, symbols);
+    case 3: return closed_paths(x, count, length, table, window, 3, symbols);
+    case 4: return closed_paths(x, count, length, table, window, 4, symbols);
+    default: return 2;
+    }
+}
