@@ -1,14 +1,8 @@
-"""The linear layer that holds only codes: y = s_out * Theta_m^T ( (Q + L R) Theta_n (s_in * x) ) +
-b.
+"""The linear layer that holds codes.   [lplr_q README]
 
-All state but the bias is integer (codes, packed signs, and the *bit patterns* of the scales), so no
-``.half()`` or ``dtype=`` can change what the codes mean. Names in the file:
+    y = s_out * Theta_m^T ( (Q + L R) Theta_n (s_in * x / d) ) + b
 
-    q_codes, q_codes_2   (m, n / 8) int16 or uint8 of the first and second stage; packed bytes for
-    scalars q_tail               packed scalar codes of the last n mod 8 columns
-    q_scale              float32 as int32      l_scales, r_scales   bfloat16 as int16, one per
-    component l_codes, r_codes     packed bytes of L^T and R (int16 bfloat16 patterns at 16 bits)
-    signs_in, signs_out  packed, 1 = negative
+What is stored, and under which names: :mod:`lplr_q.activation_aware.layer_state`.
 """
 
 from __future__ import annotations
@@ -21,23 +15,40 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lplr_q.activation_aware.decompose import Decomposition, rotation_kind
-from lplr_q.activation_aware.factors import decode_factor
-from lplr_q.bits import LayerBits, layer_bits
-from lplr_q.codebooks.base import make_codebook
-from lplr_q.linalg.hadamard import rotate_rows, unrotate_rows, unrotate_weight
-from lplr_q.linalg.ldlq import CodebookBlocks
-from lplr_q.pack import pack_bits, pack_signs, packed_size, unpack_bits, unpack_signs
+from lplr_q.activation_aware.layer_state import (
+    Form,
+    SignForm,
+    decode_rows,
+    float_signs,
+    pack_decomposition,
+    trained_value,
+)
+from lplr_q.bits import LayerBits
+from lplr_q.kernels.product import coded_factor, product
+from lplr_q.linalg.hadamard import rotate_rows, unrotate_rows
+from lplr_q.pack import pack_signs, unpack_signs
 from workbench.errors import ConfigError, DataError
+
+Mode = Literal["dequant", "cached", "kernel"]
+MODES = ("dequant", "cached", "kernel")
 
 
 class LPLRQuantizedLinear(nn.Module):
     """A linear layer stored as Q + L R in few bits.
 
-    ``mode`` is ``dequant`` (codes are decoded in every forward; the layer stays small) or
-    ``cached`` (the dense matrix is built once and kept; for evaluation at speed).
+    ``mode`` is
+
+    * ``dequant``: codes are decoded tile by tile in every forward; the layer stays small;
+    * ``kernel``: as ``dequant``, but up to eight activations at a time go through a compiled
+      product with the codes where there is one, and the decoded factors (16 bits of r (m + n)) are
+      kept;
+    * ``cached``: the dense matrix is built once and kept; for evaluation at speed.
+
+    Gradients reach x in every mode, the parameters (:meth:`trainable`) in ``dequant`` only.
+    ``tile_rows`` is the number of rows decoded at a time; 0 chooses.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one keyword per property of the form
         self,
         in_features: int,
         out_features: int,
@@ -49,88 +60,80 @@ class LPLRQuantizedLinear(nn.Module):
         rotated: bool = True,
         bias: bool = False,
         dtype: torch.dtype | None = None,
+        factor_codebook: str = "lloyd-max",
+        rescaled: bool = False,
+        ft_rank: int = 0,
+        signs: SignForm = "packed",
     ) -> None:
         super().__init__()
-        if rank > min(in_features, out_features):
-            raise ConfigError(f"rank={rank} does not fit a {out_features}x{in_features} matrix")
         self.in_features, self.out_features = in_features, out_features
-        self.codebook, self.q_bits = codebook, q_bits
-        self.rank, self.factor_bits, self.rotated = rank, factor_bits, rotated
-        self.mode: Literal["dequant", "cached"] = "dequant"
-        self._dense: Tensor | None = None
-        self._blocks = (
-            CodebookBlocks(make_codebook(codebook, q_bits), in_features) if q_bits else None
+        self.form = Form(
+            in_features=in_features,
+            out_features=out_features,
+            codebook=codebook,
+            q_bits=q_bits,
+            rank=rank,
+            factor_bits=factor_bits,
+            rotated=rotated,
+            factor_codebook=factor_codebook,
+            rescaled=rescaled,
+            ft_rank=ft_rank,
+            signs=signs,
         )
-        for name, (shape, kind) in self._layout().items():
+        self.mode: Mode = "dequant"
+        self.tile_rows = 0
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+        for name, (shape, kind) in self.form.layout().items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind))
+        if ft_rank:
+            for name, shape in (
+                ("lora_L", (out_features, ft_rank)),
+                ("lora_R", (ft_rank, in_features)),
+            ):
+                value = torch.zeros(shape, dtype=torch.bfloat16)
+                self.register_parameter(name, nn.Parameter(value, requires_grad=False))
         self.bias = (
             nn.Parameter(torch.zeros(out_features, dtype=dtype), requires_grad=False)
             if bias
             else None
         )
 
-    def _layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of every buffer."""
-        m, n, rank = self.out_features, self.in_features, self.rank
-        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        if self.q_bits:
-            book = make_codebook(self.codebook, self.q_bits)
-            whole, tail = divmod(n, book.dim)
-            for name, bits in zip(("q_codes", "q_codes_2"), book.streams, strict=False):
-                if whole and bits in (8, 16):
-                    kind = torch.int16 if bits == 16 else torch.uint8
-                    layout[name] = ((m, whole), kind)
-                elif whole:
-                    layout[name] = ((packed_size(m * whole, bits),), torch.uint8)
-            if tail:
-                layout["q_tail"] = ((packed_size(m * tail, int(book.bits)),), torch.uint8)
-            layout["q_scale"] = ((1,), torch.int32)
-        if rank:
-            for name, length in (("l", m), ("r", n)):
-                if self.factor_bits == 16:
-                    layout[f"{name}_codes"] = ((rank, length), torch.int16)
-                else:
-                    size = packed_size(rank * length, self.factor_bits)
-                    layout[f"{name}_codes"] = ((size,), torch.uint8)
-                    layout[f"{name}_scales"] = ((rank,), torch.int16)
-        if self.rotated:
-            layout["signs_out"] = ((packed_size(m, 1),), torch.uint8)
-            layout["signs_in"] = ((packed_size(n, 1),), torch.uint8)
-        return layout
+    # ------------------------------------------------------------ making and describing
 
     @classmethod
     def from_decomposition(
-        cls, result: Decomposition, bias: Tensor | None = None
+        cls, result: Decomposition, bias: Tensor | None = None, ft_rank: int = 0
     ) -> LPLRQuantizedLinear:
-        """Pack the codes of a decomposition."""
+        """Pack the codes of a decomposition; the first ``ft_rank`` components become
+        parameters."""
         m, n = result.shape
+        left = result.left
         layer = cls(
             n,
             m,
             codebook=result.codebook,
             q_bits=result.q_bits if result.q_codes else 0,
             rank=result.rank,
-            factor_bits=result.left.bits if result.left is not None else 16,
+            factor_bits=left.bits if left is not None else 16,
             rotated=result.signs_in is not None,
             bias=bias is not None,
             dtype=None if bias is None else bias.dtype,
+            factor_codebook=getattr(left, "codebook", "lloyd-max"),
+            rescaled=getattr(result, "rescale", None) is not None,
+            ft_rank=ft_rank,
         )
-        layer.load_state_dict(pack_decomposition(result, bias))
+        layer.load_state_dict(pack_decomposition(result, bias, ft_rank))
         return layer
 
     def settings(self) -> dict[str, Any]:
         """What is needed to build an empty layer of this form (goes into ``config.json``)."""
+        form = {name: getattr(self.form, name) for name in Form.__dataclass_fields__}
+        rotated = self.form.rotated
         return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "codebook": self.codebook,
-            "q_bits": self.q_bits,
-            "rank": self.rank,
-            "factor_bits": self.factor_bits,
-            "rotated": self.rotated,
+            **form,
             "bias": self.bias is not None,
-            "rotation_in": rotation_kind(self.in_features) if self.rotated else "none",
-            "rotation_out": rotation_kind(self.out_features) if self.rotated else "none",
+            "rotation_in": rotation_kind(self.in_features) if rotated else "none",
+            "rotation_out": rotation_kind(self.out_features) if rotated else "none",
         }
 
     @classmethod
@@ -140,170 +143,289 @@ class LPLRQuantizedLinear(nn.Module):
         """An empty layer from :meth:`settings`; refuses a rotation this version would build
         otherwise."""
         expected = {k: v for k, v in settings.items() if not k.startswith("rotation_")}
+        unknown = set(expected) - set(Form.__dataclass_fields__) - {"bias"}
+        if unknown:
+            raise DataError(f"unknown settings of a compressed layer: {', '.join(sorted(unknown))}")
         layer = cls(**expected, dtype=dtype)
+        own = layer.settings()
         for key, value in settings.items():
-            if key.startswith("rotation_") and layer.settings()[key] != value:
-                raise DataError(
-                    f"{key} is {value!r} in the file, this version builds {layer.settings()[key]!r}"
-                )
+            if key.startswith("rotation_") and own[key] != value:
+                raise DataError(f"{key} is {value!r} in the file, this version builds {own[key]!r}")
         return layer
 
+    @property
+    def rank(self) -> int:
+        """Components of L R, parameters included."""
+        return self.form.rank
+
     def stored_bits(self) -> LayerBits:
-        """Bits per weight as counted; equals the bytes of the buffers."""
-        return layer_bits(
-            self.out_features,
-            self.in_features,
-            codebook=self.codebook,
-            q_bits=self.q_bits,
-            rank=self.rank,
-            factor_bits=self.factor_bits,
-            rotated=self.rotated,
-        )
+        """Bits by what they are spent on, from the shapes in the file; a part that is being trained
+        counts 16 bits, as it will be stored."""
+        spent = dict.fromkeys(("q", "factors", "scales", "signs"), 0)
+        for name, (shape, kind) in self.form.layout().items():
+            part = "scales" if name.endswith(("_scales", "_scale", "rescale")) else "factors"
+            part = {"q_c": "q", "q_t": "q", "sig": "signs"}.get(name[:3], part)
+            spent[part] += torch.Size(shape).numel() * kind.itemsize * 8
+        m, n = self.out_features, self.in_features
+        spent["factors"] += 16 * self.form.ft_rank * (m + n)
+        return LayerBits(m * n, spent["q"], spent["factors"], spent["scales"], spent["signs"])
 
     def buffer_bytes(self) -> int:
-        """Bytes of codes, scales and signs (the bias is not counted)."""
-        return sum(b.numel() * b.element_size() for b in self.buffers())
+        """Bytes of codes, scales, signs and parameters (the bias is not counted)."""
+        own = [p for p in self.parameters() if p is not self.bias]
+        return sum(t.numel() * t.element_size() for t in [*self.buffers(), *own])
 
-    def _rotated_matrix(self) -> Float[Tensor, "m n"]:
-        """Q + L R in the rotated basis, float32, decoded from the buffers."""
-        m, n = self.out_features, self.in_features
-        device = self._device()
-        total = torch.zeros(m, n, device=device)
-        if self._blocks is not None:
-            scale = self.q_scale.view(torch.float32)
-            total = self._blocks.decode_packed(self._q_streams(), self._q_tail()) * scale
-        if self.rank:
-            left, right = self._factor("l", m), self._factor("r", n)
-            total = total + left.T @ right
-        return total
+    def extra_repr(self) -> str:
+        """Shape and bits for ``print(model)``."""
+        form, tuned = self.form, ""
+        if form.ft_rank:
+            tuned = f" ({form.ft_rank} as parameters)"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"{form.codebook} {form.q_bits} bits, rank {form.rank}{tuned}, "
+            f"{self.stored_bits().per_weight:.3f} bits per weight"
+        )
 
-    def _device(self) -> torch.device:
-        return next(self.buffers()).device
+    # ------------------------------------------------------------ decoding
 
-    def _q_streams(self) -> Tensor | None:
-        """(m, n // dim, streams) codes, or None when there is no whole block."""
-        assert self._blocks is not None
-        book = self._blocks.codebook
-        m, whole = self.out_features, self.in_features // book.dim
-        if not whole:
-            return None
-        parts = []
-        for name, bits in zip(("q_codes", "q_codes_2"), book.streams, strict=False):
-            stored = getattr(self, name)
-            if stored.ndim == 2:
-                parts.append(stored.long() & ((1 << bits) - 1))
-            else:
-                parts.append(unpack_bits(stored, bits, m * whole).reshape(m, whole))
-        return torch.stack(parts, dim=-1)
+    def _codes(self, name: str) -> tuple[list[Tensor], Tensor | None]:
+        """Code tensors and tail of ``q``, ``l`` or ``r``."""
+        names = (f"{name}_codes", f"{name}_codes_2")
+        buffers = self._buffers
+        found = [b for b in (buffers.get(part) for part in names) if b is not None]
+        return found, buffers.get(f"{name}_tail")
 
-    def _q_tail(self) -> Tensor | None:
-        assert self._blocks is not None
-        book = self._blocks.codebook
-        m, tail = self.out_features, self.in_features % book.dim
-        if not tail:
-            return None
-        return unpack_bits(self.q_tail, int(book.bits), m * tail).reshape(m, tail)
+    def _factor(self, name: str) -> Float[Tensor, "r length"]:
+        """Coded components of L^T or R."""
+        form = self.form
+        length = self.out_features if name == "l" else self.in_features
+        codes, tail = self._codes(name)
+        scales = self._buffers.get(f"{name}_scales")
+        return coded_factor(
+            codes,
+            tail,
+            scales,
+            form.factor_codebook,
+            form.factor_bits,
+            form.coded_rank,
+            length,
+        )
 
-    def _factor(self, name: str, length: int) -> Float[Tensor, "r length"]:
-        codes = getattr(self, f"{name}_codes")
-        if self.factor_bits == 16:
-            return codes.view(torch.bfloat16).float()
-        codes = unpack_bits(codes, self.factor_bits, self.rank * length).reshape(self.rank, length)
-        return decode_factor(codes, getattr(self, f"{name}_scales"), self.factor_bits)
+    def _factors(self) -> list[tuple[Tensor, Tensor]]:
+        """(L^T, R) pairs of the coded and the trained components, float32."""
+        pairs = []
+        if self.form.coded_rank:
+            pairs.append((self._factor("l"), self._factor("r")))
+        if self.form.ft_rank:
+            pairs.append((self.lora_L.float().T, self.lora_R.float()))
+        return pairs
 
     def signs(self) -> tuple[Tensor, Tensor]:
-        """(signs_out, signs_in) as +-1."""
-        return (
-            unpack_signs(self.signs_out, self.out_features),
-            unpack_signs(self.signs_in, self.in_features),
-        )
+        """(signs_out, signs_in): +-1, or what training made of them."""
+        return self._sign("signs_out", self.out_features), self._sign("signs_in", self.in_features)
+
+    def _sign(self, name: str, count: int) -> Tensor:
+        stored = getattr(self, name)
+        if stored.dtype.is_floating_point:  # being trained
+            return stored
+        return float_signs(stored) if self.form.signs == "float" else unpack_signs(stored, count)
+
+    def _divisor(self) -> Tensor | None:
+        stored = self._buffers.get("rescale")
+        return None if stored is None else stored.view(torch.bfloat16).float()
+
+    def _rotated_matrix(self) -> Float[Tensor, "m n"]:
+        """Q + L R in the rotated basis, float32."""
+        form, m, n = self.form, self.out_features, self.in_features
+        codes, tail = self._codes("q")
+        if form.q_bits:
+            total = decode_rows(codes, tail, form.codebook, form.q_bits, n, 0, m)
+            total = total * self.q_scale.view(torch.float32)
+        else:
+            total = torch.zeros(m, n, device=next(self.buffers(), self.bias).device)
+        for left, right in self._factors():
+            total = total + left.T @ right
+        return total
 
     def dequantize(self) -> Float[Tensor, "m n"]:
         """The dense matrix in its own basis, float32."""
         matrix = self._rotated_matrix()
-        if self.rotated:
+        if self.form.rotated:
             signs_out, signs_in = self.signs()
-            matrix = unrotate_weight(matrix, signs_out, signs_in)
-        return matrix
+            matrix = unrotate_rows(matrix, signs_in)
+            matrix = unrotate_rows(matrix.T, signs_out).T.contiguous()
+        divisor = self._divisor()
+        return matrix if divisor is None else matrix / divisor
 
     @property
     def weight(self) -> Float[Tensor, "m n"]:
         """The dense matrix, for code that only looks at a linear layer's ``weight``; a copy."""
         return self.dequantize()
 
-    def set_mode(self, mode: Literal["dequant", "cached"]) -> LPLRQuantizedLinear:
-        """Choose between decoding at every call and a dense copy built at the next call."""
-        if mode not in ("dequant", "cached"):
-            raise ConfigError(f"mode={mode!r}; choose dequant or cached")
-        self.mode, self._dense = mode, None
+    # ------------------------------------------------------------ forward
+
+    def set_mode(self, mode: Mode) -> LPLRQuantizedLinear:
+        """Choose what is decoded in every call and what is kept."""
+        if mode not in MODES:
+            raise ConfigError(f"mode={mode!r}; choose dequant, cached or kernel")
+        if mode != "dequant" and any(p.requires_grad for p in self._trained().values()):
+            raise ConfigError(f"mode {mode} would hide trained parameters; call merge_trained()")
+        self.mode = mode
+        self._kept.clear()
         return self
+
+    def _keep(self, name: str, dtype: torch.dtype, build: Callable[[], Tensor]) -> Tensor:
+        """What ``build`` returns, kept until the layer is moved, loaded or given another mode."""
+        if self.mode == "dequant":
+            return build().to(dtype)
+        found = self._kept.get((name, dtype))
+        if found is None:
+            with torch.no_grad():
+                found = build().to(dtype).detach()
+            self._kept[name, dtype] = found
+        return found
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         """W^ x + b in the type of x; x is not changed."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.mode == "cached":
-            if self._dense is None or self._dense.dtype != x.dtype:
-                with torch.no_grad():
-                    self._dense = self.dequantize().to(x.dtype)
-            return nn.functional.linear(x, self._dense, bias)
-        matrix = self._rotated_matrix().to(x.dtype)
-        if not self.rotated:
-            return nn.functional.linear(x, matrix, bias)
-        signs_out, signs_in = self.signs()
-        inner = rotate_rows(x.float(), signs_in).to(x.dtype)
-        y = nn.functional.linear(inner, matrix)
-        y = unrotate_rows(y.float(), signs_out).to(x.dtype)
+            return nn.functional.linear(x, self._keep("dense", x.dtype, self.dequantize), bias)
+        inner = x
+        divisor = self._divisor()
+        if divisor is not None:
+            inner = inner.float() / divisor
+        if self.form.rotated:
+            sign = self._keep(
+                "signs_in", torch.float32, lambda: self._sign("signs_in", self.in_features)
+            )
+            inner = rotate_rows(inner.float(), sign)
+        y = self._product(inner.to(x.dtype))
+        if self.form.rotated:
+            sign = self._keep(
+                "signs_out", torch.float32, lambda: self._sign("signs_out", self.out_features)
+            )
+            y = unrotate_rows(y.float(), sign).to(x.dtype)
         return y if bias is None else y + bias
 
+    def _product(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """(Q + L R) x in the rotated basis."""
+        form, y = self.form, None
+        if form.q_bits:
+            codes, tail = self._codes("q")
+            flat = product(
+                x.reshape(-1, self.in_features),
+                codes,
+                tail,
+                self.q_scale,
+                form.codebook,
+                form.q_bits,
+                self.out_features,
+                self.tile_rows,
+                self.mode == "kernel",
+            )
+            y = flat.reshape(*x.shape[:-1], self.out_features)
+        if form.rank:
+            left, right = self._low_rank(x.dtype)
+            part = nn.functional.linear(nn.functional.linear(x, right), left)
+            y = part if y is None else y + part
+        return x.new_zeros(*x.shape[:-1], self.out_features) if y is None else y
+
+    def _low_rank(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All components as L (m, r) and R (r, n)."""
+
+        def side(index: int) -> Tensor:
+            parts = [pair[index] for pair in self._factors()]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        left = self._keep("left", dtype, lambda: side(0).T)
+        return left, self._keep("right", dtype, lambda: side(1))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LPLRQuantizedLinear:
-        self._dense = None  # rebuilt on the new device
+        self._kept.clear()  # built again on the new device
         return super()._apply(fn, recurse)
 
-    def extra_repr(self) -> str:
-        """Shape and bits for ``print(model)``."""
-        bits = self.stored_bits().per_weight
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"{self.codebook} {self.q_bits} bits, rank {self.rank}, {bits:.3f} bits per weight"
-        )
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self._kept.clear()
+        super()._load_from_state_dict(*arguments, **options)
 
+    # ------------------------------------------------------------ training
 
-def pack_decomposition(result: Decomposition, bias: Tensor | None = None) -> dict[str, Tensor]:
-    """The buffers of a layer from the codes of a decomposition."""
-    state: dict[str, Tensor] = {}
-    if result.q_codes:
-        book = make_codebook(result.codebook, result.q_bits)
-        tail = result.shape[1] % book.dim
-        whole = result.q_codes[:-1] if tail and book.dim > 1 else result.q_codes
-        if whole:
-            stacked = torch.stack(whole, dim=1)
-            for i, (name, bits) in enumerate(
-                zip(("q_codes", "q_codes_2"), book.streams, strict=False)
-            ):
-                part = stacked[..., i]
-                if bits == 16:
-                    state[name] = part.to(torch.int16)  # wraps: bit pattern of the unsigned code
-                elif bits == 8:
-                    state[name] = part.to(torch.uint8)
-                else:
-                    state[name] = pack_bits(part, bits)
-        if tail:
-            state["q_tail"] = pack_bits(result.q_codes[-1], int(book.bits))
-        state["q_scale"] = torch.tensor([result.q_scale], dtype=torch.float32).view(torch.int32)
-    for name, factor in (("l", result.left), ("r", result.right)):
-        if factor is None:
-            continue
-        if factor.bits == 16:
-            state[f"{name}_codes"] = factor.codes.to(torch.int16)
-        else:
-            state[f"{name}_codes"] = pack_bits(factor.codes, factor.bits)
-            state[f"{name}_scales"] = factor.scales
-    if result.signs_out is not None and result.signs_in is not None:
-        state["signs_out"] = pack_signs(result.signs_out)
-        state["signs_in"] = pack_signs(result.signs_in)
-    if bias is not None:
-        state["bias"] = bias.detach()
-    return state
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """Parameters other than the bias."""
+        return {k: p for k, p in self._parameters.items() if p is not None and k != "bias"}
+
+    def trainable(
+        self, signs: bool = False, factors: bool = True, bias: bool = False
+    ) -> LPLRQuantizedLinear:
+        """Let signs, the ``ft_rank`` components and the bias train, each if wanted and there.
+
+        Signs become float32 parameters, lora_L and lora_R float32: steps smaller than their 16-bit
+        spacing add up. :meth:`merge_trained` stores them again.
+        """
+        self.set_mode("dequant")
+        if signs and self.form.rotated:
+            for name, count in (("signs_out", self.out_features), ("signs_in", self.in_features)):
+                if name in self._buffers:
+                    value = self._sign(name, count).float()
+                    del self._buffers[name]
+                    self.register_parameter(name, nn.Parameter(value))
+        for name, parameter in self._trained().items():
+            wanted = factors if name.startswith("lora_") else signs
+            if wanted and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+            parameter.requires_grad_(wanted)
+        if self.bias is not None:
+            self.bias.requires_grad_(bias)
+        return self
+
+    def merge_trained(self) -> LPLRQuantizedLinear:
+        """Store what was trained: lora_L, lora_R in bfloat16, signs in float16 (as bits while all
+        are still +-1); nothing trains afterwards."""
+        with torch.no_grad():
+            for name, parameter in self._trained().items():
+                if name.startswith("lora_"):
+                    parameter.data = trained_value(parameter.data)
+                parameter.grad = None
+                parameter.requires_grad_(False)
+            self._store_signs()
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self._kept.clear()
+        return self
+
+    def _store_signs(self) -> None:
+        names = ("signs_out", "signs_in")
+        if names[0] not in self._parameters:
+            return
+        values = {name: getattr(self, name).detach() for name in names}
+        plain = all(bool((v.abs() == 1).all()) for v in values.values())
+        for name, value in values.items():
+            del self._parameters[name]
+            stored = pack_signs(value) if plain else value.half().view(torch.int16)
+            self.register_buffer(name, stored)
+        self._reform(signs="packed" if plain else "float")
+
+    def _reform(self, **changes: Any) -> None:
+        fields = {name: getattr(self.form, name) for name in Form.__dataclass_fields__}
+        self.form = Form(**{**fields, **changes})
+
+    def lora_state(self) -> dict[str, Tensor]:
+        """All components in the layer's own basis: lora_A = R (r, n), lora_B = L (m, r), float32.
+
+        W^ = Q^ + lora_B lora_A with Q^ what remains without them.
+        """
+        if not self.form.rank:
+            raise ConfigError("this layer has no factors (rank 0)")
+        left, right = self._low_rank(torch.float32)
+        left, right = left.detach(), right.detach()
+        if self.form.rotated:
+            signs_out, signs_in = self.signs()
+            left = unrotate_rows(left.T, signs_out).T
+            right = unrotate_rows(right, signs_in)
+        divisor = self._divisor()
+        if divisor is not None:
+            right = right / divisor
+        return {"lora_A": right.contiguous().detach(), "lora_B": left.contiguous().detach()}
 
 
 def quantised_layers(model: nn.Module) -> Iterator[tuple[str, LPLRQuantizedLinear]]:
@@ -313,8 +435,15 @@ def quantised_layers(model: nn.Module) -> Iterator[tuple[str, LPLRQuantizedLinea
             yield name, module
 
 
-def set_mode(model: nn.Module, mode: Literal["dequant", "cached"]) -> nn.Module:
+def set_mode(model: nn.Module, mode: Mode) -> nn.Module:
     """:meth:`LPLRQuantizedLinear.set_mode` for every compressed layer."""
     for _, layer in quantised_layers(model):
         layer.set_mode(mode)
+    return model
+
+
+def merge_trained(model: nn.Module) -> nn.Module:
+    """:meth:`LPLRQuantizedLinear.merge_trained` for every compressed layer."""
+    for _, layer in quantised_layers(model):
+        layer.merge_trained()
     return model

@@ -1,0 +1,1 @@
+"""The product of activations with a coded matrix: operator, CPU kernel and CUDA kernel."""

@@ -1,0 +1,154 @@
+"""y = x Q^T with Q held as codes: one operator with gradient to x, decoded tile by tile.
+
+The operator is opaque to ``torch.compile`` (tables and codebooks stay out of the graph) and its
+backward pass decodes Q again instead of keeping the dense matrix of every layer alive, so a model
+trains in the memory of its codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lplr_q.activation_aware.layer_state import ROW_TILE, decode_rows, unpack_factor
+from lplr_q.kernels.dispatch import gemv
+
+TILE_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Weights decoded at a time, per kind of device, when the layer does not say."""
+
+
+def tile_of(tile_rows: int, n: int, device: torch.device) -> int:
+    """Rows per tile: ``tile_rows`` rounded up to whole tiles of 16, or what fits the budget."""
+    wanted = tile_rows or TILE_WEIGHTS.get(device.type, 1 << 22) // max(n, 1)
+    return max(1, -(-wanted // ROW_TILE)) * ROW_TILE
+
+
+def _tiles(
+    codes: list[Tensor], tail: Tensor | None, book: str, bits: int, m: int, n: int, tile: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    for low in range(0, m, tile):
+        high = min(low + tile, m)
+        yield low, high, decode_rows(codes, tail, book, bits, n, low, high)
+
+
+@torch.library.custom_op("lplr_q::product", mutates_args=())
+def product(
+    x: Tensor,
+    codes: list[Tensor],
+    tail: Tensor | None,
+    scale: Tensor,
+    book: str,
+    bits: int,
+    m: int,
+    tile_rows: int,
+    kernel: bool,
+) -> Tensor:
+    """(N, n) activations times the coded (m, n) matrix, in the type of x."""
+    n, device = x.shape[1], x.device
+    if kernel:
+        found = gemv(x, codes, tail, scale, book, bits, m)
+        if found is not None:
+            return found
+    factor = scale.view(torch.float32)
+    tile = tile_of(tile_rows, n, device)
+    out = x.new_empty(x.shape[0], m)
+    for low, high, rows in _tiles(codes, tail, book, bits, m, n, tile):
+        out[:, low:high] = x @ rows.mul_(factor).to(x.dtype).T
+    return out
+
+
+@product.register_fake
+def _product_shape(
+    x: Tensor,
+    codes: list[Tensor],
+    tail: Tensor | None,
+    scale: Tensor,
+    book: str,
+    bits: int,
+    m: int,
+    tile_rows: int,
+    kernel: bool,
+) -> Tensor:
+    return x.new_empty(x.shape[0], m)
+
+
+@torch.library.custom_op("lplr_q::product_back", mutates_args=())
+def product_back(
+    grad: Tensor,
+    codes: list[Tensor],
+    tail: Tensor | None,
+    scale: Tensor,
+    book: str,
+    bits: int,
+    n: int,
+    tile_rows: int,
+) -> Tensor:
+    """(N, m) gradients times the coded (m, n) matrix: the gradient of :func:`product` to x."""
+    m, factor = grad.shape[1], scale.view(torch.float32)
+    out = grad.new_zeros(grad.shape[0], n)
+    tile = tile_of(tile_rows, n, grad.device)
+    for low, high, rows in _tiles(codes, tail, book, bits, m, n, tile):
+        out += grad[:, low:high] @ rows.mul_(factor).to(grad.dtype)
+    return out
+
+
+@product_back.register_fake
+def _product_back_shape(
+    grad: Tensor,
+    codes: list[Tensor],
+    tail: Tensor | None,
+    scale: Tensor,
+    book: str,
+    bits: int,
+    n: int,
+    tile_rows: int,
+) -> Tensor:
+    return grad.new_empty(grad.shape[0], n)
+
+
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, codes, tail, scale, book, bits, _, tile_rows, _ = inputs
+    ctx.save_for_backward(scale, *codes, *([] if tail is None else [tail]))
+    ctx.form = (len(codes), tail is not None, book, bits, x.shape[1], tile_rows)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    count, has_tail, book, bits, n, tile_rows = ctx.form
+    scale, *rest = ctx.saved_tensors
+    codes, tail = list(rest[:count]), rest[count] if has_tail else None
+    back = product_back(grad, codes, tail, scale, book, bits, n, tile_rows)
+    return back, [None] * count, None, None, None, None, None, None, None
+
+
+product.register_autograd(_backward, setup_context=_keep)
+
+
+@torch.library.custom_op("lplr_q::factor", mutates_args=())
+def coded_factor(
+    codes: list[Tensor],
+    tail: Tensor | None,
+    scales: Tensor | None,
+    book: str,
+    bits: int,
+    rank: int,
+    length: int,
+) -> Tensor:
+    """One coded (rank, length) factor, float32."""
+    found = unpack_factor(codes, tail, scales, codebook=book, bits=bits, rank=rank, length=length)
+    return found.contiguous()
+
+
+@coded_factor.register_fake
+def _factor_shape(
+    codes: list[Tensor],
+    tail: Tensor | None,
+    scales: Tensor | None,
+    book: str,
+    bits: int,
+    rank: int,
+    length: int,
+) -> Tensor:
+    return codes[0].new_empty(rank, length, dtype=torch.float32)
