@@ -6,32 +6,58 @@ and a named random stream, so units can be done in any order, kept, and skipped 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lplr_q import distributed
 from lplr_q.activation_aware.decompose import (
     Decomposition,
     PreparedHessian,
     decompose,
     prepare_hessian,
+    quip_sharp,
 )
-from lplr_q.activation_aware.hessian import Calibration
-from lplr_q.activation_aware.quantized_layer import LPLRQuantizedLinear, pack_decomposition
-from lplr_q.bits import rank_for_budget
-from workbench.errors import ConfigError, DataError
+from lplr_q.activation_aware.discovery import linear_weight, unfuse_experts, unfused_names
+from lplr_q.activation_aware.hessian import Calibration, load_hessians
+from lplr_q.activation_aware.quantized_layer import LPLRQuantizedLinear
+from lplr_q.baselines import gptq, round_to_nearest
+from lplr_q.bits import group_bits, group_for_budget, rank_for_budget
+from lplr_q.linalg.ldl import regularise
+from lplr_q.linalg.ldlq import weighted_loss
+from lplr_q.manifest import (
+    MANIFEST,
+    agree_on_manifest,
+    digest_of,
+    read_record,
+    read_unit,
+    write_unit,
+)
+from lplr_q.pool import Pool
+from lplr_q.weights import FolderWeights, ModuleWeights, Weights
+from workbench.errors import ConfigError, DataError, unknown_name
+from workbench.seeding import Streams
+
+METHODS = ("lplr-ldlq", "quip-sharp", "lplr", "rtn", "gptq")
+"""Q + L R; Q alone in one pass; L R alone; group-wise rounding without and with feedback."""
 
 
 @dataclass(frozen=True)
 class CompressionSettings:
-    """How each matrix is compressed."""
+    """How each matrix is compressed: the arguments of ``decompose``, a budget and a method."""
 
-    bits: float = 2.5
-    """Total budget in bits per weight, overheads included."""
+    bits: float | None = 2.5
+    """Total budget in bits per weight, overheads included; None: q_bits and rank say it."""
     codebook: str = "e8p"
     """Codebook of Q."""
     q_bits: int | None = None
@@ -46,6 +72,57 @@ class CompressionSettings:
     init: str = "lr_first"
     rht: bool = True
     sigma_reg: float = 1e-2
+    method: str = "lplr-ldlq"
+    """One of METHODS."""
+    rank: int | None = None
+    """Components of L R; None takes what the budget leaves. Clipped to the sides of a matrix."""
+    factor_codebook: str = "lloyd-max"
+    """Codebook of L and R."""
+    q_hessian: str = "plain"
+    """What the Q step minimises: plain, downdate, projq or auto."""
+    update_order: tuple[str, ...] = ("LR", "Q")
+    """Components in the order of their updates."""
+    feedback: bool = True
+    """False rounds Q without looking at H."""
+    activation_aware_lr: bool = True
+    """False takes the plain SVD for L R."""
+    randomised_svd: bool | str = "auto"
+    scale_search: bool = False
+    """Search the multiplier of Q's scale on the true loss."""
+    scale_multiplier: float = 1.0
+    compute_q: bool = True
+    compute_lr: bool = True
+    rescale: bool = False
+    """Balance input channels before the rotation (rescale_WH)."""
+    ft_rank: int = 0
+    """Components of L R that stay trainable 16-bit parameters (bits on top of the budget)."""
+    group: int | None = None
+    """Columns per scale of rtn and gptq; None takes the smallest that fits the budget."""
+    seed: int = 0
+    """Seed of the signs; used by :func:`compress_model`."""
+
+    def __post_init__(self) -> None:
+        """Settings that cannot work together."""
+        if self.method not in METHODS:
+            raise unknown_name("method", self.method, METHODS)
+        rounding = self.method in ("rtn", "gptq")
+        if self.bits is None and (
+            (self.q_bits is None and self.method != "lplr")
+            or (self.rank is None and self.method in ("lplr", "lplr-ldlq"))
+        ):
+            raise ConfigError(
+                f"bits=None with q_bits={self.q_bits}, rank={self.rank}: give a budget, or both"
+            )
+        if rounding and self.bits is None and self.group is None:
+            raise ConfigError(f"method={self.method} without bits needs group, e.g. 128")
+
+
+DECOMPOSE_FIELDS = (
+    "codebook", "factor_bits", "factor_codebook", "rounds", "inner_iterations", "sweeps", "init",
+    "q_hessian", "update_order", "feedback", "activation_aware_lr", "randomised_svd",
+    "scale_search", "scale_multiplier", "compute_q", "compute_lr", "rescale",
+)  # fmt: skip
+"""Settings that go to ``decompose`` under the same name."""
 
 
 def candidates(m: int, n: int, settings: CompressionSettings) -> list[tuple[int, int]]:
@@ -54,23 +131,34 @@ def candidates(m: int, n: int, settings: CompressionSettings) -> list[tuple[int,
     Raises:
         ConfigError: not even the narrowest Q fits.
     """
-    widths = [settings.q_bits] if settings.q_bits is not None else [4, 3, 2]
+    no_q = settings.method == "lplr" or not settings.compute_q
+    no_lr = settings.method == "quip-sharp" or not settings.compute_lr
+    widths = [0] if no_q else [settings.q_bits] if settings.q_bits is not None else [4, 3, 2]
+    fixed = 0 if no_lr else None if settings.rank is None else min(settings.rank, m, n)
     found = []
     for q_bits in widths:
-        rank = rank_for_budget(
-            m,
-            n,
-            settings.bits,
-            codebook=settings.codebook,
-            q_bits=q_bits,
-            factor_bits=settings.factor_bits,
-            rotated=settings.rht,
-        )
+        assert q_bits is not None
+        if settings.bits is None:
+            rank = 0 if fixed is None else fixed
+        else:
+            rank = rank_for_budget(
+                m,
+                n,
+                settings.bits,
+                codebook=settings.codebook,
+                q_bits=q_bits,
+                factor_bits=settings.factor_bits,
+                rotated=settings.rht,
+            )
+            if fixed is not None and (rank >= fixed or settings.q_bits is not None):
+                rank = fixed
+            elif fixed is not None:
+                continue
         if rank >= 0 and (q_bits or rank):
             found.append((q_bits, rank))
     if not found:
         raise ConfigError(
-            f"{settings.bits:.3f} bits per weight do not hold a {m}x{n} matrix with "
+            f"{settings.bits} bits per weight do not hold a {m}x{n} matrix with "
             f"q_bits={settings.q_bits or 2}: raise --bits or --overhead"
         )
     return found[: max(1, settings.try_widths)]
@@ -82,6 +170,7 @@ def prepare_sublayer(
     n: int,
     settings: CompressionSettings,
     generator_of: Callable[[str], torch.Generator],
+    device: torch.device | str = "cpu",
 ) -> PreparedHessian:
     """Rotated and factored Hessian of the layer's input; the same for all layers that share it."""
     key = calibration.key_of.get(name)
@@ -90,7 +179,7 @@ def prepare_sublayer(
     moment = calibration.moments[key]
     try:
         return prepare_hessian(
-            moment.matrix(),
+            moment.matrix().to(device),
             n,
             generator=generator_of(f"signs/in/{key}") if settings.rht else None,
             sigma=settings.sigma_reg,
@@ -107,23 +196,18 @@ def compress_sublayer(
     generator_of: Callable[[str], torch.Generator],
 ) -> Decomposition:
     """The candidate (q_bits, rank) with the smallest activation-aware error."""
+    common = {key: getattr(settings, key) for key in DECOMPOSE_FIELDS}
 
     def run(q_bits: int, rank: int, *, quick: bool) -> Decomposition:
-        return decompose(
-            weight,
-            prepared,
-            codebook=settings.codebook,
-            q_bits=q_bits,
-            rank=rank,
-            factor_bits=settings.factor_bits,
-            rounds=1 if quick else settings.rounds,
-            inner_iterations=min(2, settings.inner_iterations)
-            if quick
-            else settings.inner_iterations,
-            sweeps=0 if quick else settings.sweeps,
-            init=settings.init,
-            generator=generator_of(f"signs/out/{name}") if settings.rht else None,
-        )
+        generator = generator_of(f"signs/out/{name}") if settings.rht else None
+        if settings.method == "quip-sharp":
+            sweeps = settings.sweeps
+            return quip_sharp(weight, prepared, q_bits=q_bits, sweeps=sweeps, generator=generator)
+        options = {**common, "q_bits": q_bits, "rank": rank, "generator": generator}
+        if quick:
+            inner = min(2, settings.inner_iterations)
+            options |= {"rounds": 1, "inner_iterations": inner, "sweeps": 0}
+        return decompose(weight, prepared, **options)
 
     pairs = candidates(*weight.shape, settings)
     try:
@@ -135,33 +219,302 @@ def compress_sublayer(
         raise DataError(f"{name}: {error}") from None
 
 
-def result_tree(result: Decomposition) -> dict[str, Any]:
-    """What a finished unit stores: packed buffers, the layer's form and the measured figures."""
-    layer = LPLRQuantizedLinear.from_decomposition(result)
-    assert result.bits is not None
+def result_tree(result: Decomposition, ft_rank: int = 0) -> dict[str, Any]:
+    """What a finished unit stores: the layer's tensors, its form and the measured figures."""
+    trained = {"ft_rank": min(ft_rank, result.rank)} if ft_rank else {}
+    layer = LPLRQuantizedLinear.from_decomposition(result, **trained)
     return {
-        "buffers": pack_decomposition(result),
+        "buffers": {key: t.detach().cpu().clone() for key, t in layer.state_dict().items()},
         "settings": layer.settings(),
         "error": result.error,
         "frobenius": result.frobenius,
-        "bits_per_weight": result.bits.per_weight,
+        "bits_per_weight": layer.stored_bits().per_weight,
         "history": result.history,
     }
 
 
-def install(model: nn.Module, name: str, tree: dict[str, Any]) -> LPLRQuantizedLinear:
-    """Put the compressed layer of a finished unit in the place of the linear layer; its bias is
-    kept."""
-    old = model.get_submodule(name)
-    if not isinstance(old, nn.Linear):
-        raise DataError(f"{name} is a {type(old).__name__}, not a linear layer")
+def rounding_grid(m: int, n: int, settings: CompressionSettings) -> tuple[int, int]:
+    """(bits, group) of rtn and gptq: the widest codes whose scales and zero points fit too.
+
+    Raises:
+        ConfigError: not even one group per row fits beside 2-bit codes.
+    """
+    for bits in [settings.q_bits] if settings.q_bits is not None else [4, 3, 2]:
+        budget = math.inf if settings.bits is None else settings.bits
+        group = settings.group or group_for_budget(n, budget, bits=bits)
+        group = min(group, n)
+        if group_bits(m, n, bits=bits, group=group) <= budget + 1e-9:
+            return bits, group
+    raise ConfigError(
+        f"{settings.bits} bits per weight do not hold a {m}x{n} matrix rounded to "
+        f"{settings.q_bits or 2} bits with its scales: raise the budget"
+    )
+
+
+def round_sublayer(
+    weight: Float[Tensor, "m n"],
+    hessian: Float[Tensor, "n n"],
+    settings: CompressionSettings,
+) -> dict[str, Any]:
+    """The unit of rtn and gptq: a dense matrix of rounded weights and what it would take packed.
+
+    See :func:`rounding_grid` for what it is rounded to.
+    """
+    m, n = weight.shape
+    bits, group = rounding_grid(m, n, settings)
+    if settings.method == "rtn":
+        rounded = round_to_nearest(weight, bits=bits, group=group).weight
+    else:
+        rounded = gptq(weight, hessian, bits=bits, group=group).weight
+    difference = (weight - rounded).double()
+    total = max(weighted_loss(weight.double(), hessian), 1e-300)
+    return {
+        "buffers": {"weight": rounded.cpu()},
+        "settings": {
+            "dense": settings.method,
+            "in_features": n,
+            "out_features": m,
+            "bits": bits,
+            "group": group,
+        },
+        "error": math.sqrt(weighted_loss(difference, hessian) / total),
+        "frobenius": float(difference.norm() / weight.double().norm().clamp_min(1e-300)),
+        "bits_per_weight": group_bits(m, n, bits=bits, group=group),
+        "history": [],
+    }
+
+
+def install(model: nn.Module, name: str, tree: dict[str, Any]) -> nn.Module:
+    """Put a finished unit in the place of the linear layer; its bias is kept.
+
+    Units of rtn and gptq only change the weight of the layer that is there.
+    """
+    old: Any = model.get_submodule(name)
+    weight = linear_weight(old)
+    if "dense" in tree["settings"]:
+        weight.copy_(tree["buffers"]["weight"])
+        return old
     settings = {**tree["settings"], "bias": old.bias is not None}
-    layer = LPLRQuantizedLinear.from_settings(settings, dtype=old.weight.dtype)
+    layer = LPLRQuantizedLinear.from_settings(settings, dtype=weight.dtype)
     state = dict(tree["buffers"])
     if old.bias is not None:
         state["bias"] = old.bias.detach()
     layer.load_state_dict(state)
-    layer.to(old.weight.device)
+    layer.to(weight.device)
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
     return layer
+
+
+def settings_for(
+    name: str, settings: CompressionSettings, allocation: Mapping[str, Any] | None
+) -> CompressionSettings:
+    """The settings of one sublayer: those of the allocation where it has an entry.
+
+    Raises:
+        ConfigError: the allocation lacks the sublayer, or has fields it should not have.
+    """
+    if allocation is None:
+        return settings
+    modules = allocation.get("modules")
+    if not isinstance(modules, Mapping) or name not in modules:
+        raise ConfigError(
+            f"the allocation has no entry for {name}; make it for the same model and --include"
+        )
+    entry = dict(modules[name])
+    surplus = set(entry) - {"codebook", "q_bits", "rank", "factor_bits"}
+    if surplus or not {"q_bits", "rank"} <= set(entry):
+        raise ConfigError(
+            f"allocation of {name}: expected codebook, q_bits, rank, factor_bits; found "
+            f"{', '.join(sorted(entry))}"
+        )
+    return dataclasses.replace(settings, bits=None, **entry)
+
+
+# ---------------------------------------------------------------- whole models
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sublayers with the same input: the Hessian is factored once for all of them."""
+
+    key: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a process needs to do any group."""
+
+    folder: Path
+    settings: CompressionSettings
+    allocation: Mapping[str, Any] | None = None
+
+    def compress(
+        self, group: Group, weights: Weights, calibration: Calibration, device: str = "cpu"
+    ) -> bool:
+        """Do what is left of a group; False when another process is at it."""
+        lock = FileLock(self.folder / "work" / ".locks" / f"{group.key}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return False
+        with lock:
+            left = [name for name in group.names if read_record(self.folder, name) is None]
+            shared: dict[str, Any] = {}
+            for name in left:
+                begin = time.monotonic()
+                own = settings_for(name, self.settings, self.allocation)
+                tree = compress_one(weights(name).to(device), calibration, name, own, shared)
+                seconds = round(time.monotonic() - begin, 3)
+                tree |= {"seconds": seconds, "peak_bytes": peak_bytes(device)}
+                write_unit(self.folder, name, tree)
+        return True
+
+
+def compress_one(
+    weight: Float[Tensor, "m n"],
+    calibration: Calibration,
+    name: str,
+    settings: CompressionSettings,
+    shared: dict[str, Any],
+) -> dict[str, Any]:
+    """The unit of one sublayer by any method; ``shared`` keeps what its group has in common."""
+    moment = calibration.of(name)
+    m, n = weight.shape
+    if len(moment.mean) != n:
+        raise DataError(
+            f"{name}: {m}x{n} weight with a Hessian of width {len(moment.mean)}; they belong to "
+            "different models"
+        )
+    device = weight.device
+    if settings.method in ("rtn", "gptq"):
+        if "hessian" not in shared:
+            matrix = moment.matrix().to(device)
+            shared["hessian"] = regularise(matrix, sigma=settings.sigma_reg, name=name)
+        return round_sublayer(weight, shared["hessian"], settings)
+    generator_of = Streams(settings.seed).torch
+    if "prepared" not in shared:
+        shared["prepared"] = prepare_sublayer(
+            calibration, name, n, settings, generator_of, device=device
+        )
+    result = compress_sublayer(weight, shared["prepared"], name, settings, generator_of)
+    return {**result_tree(result, settings.ft_rank), "inputs_seen": moment.count}
+
+
+def peak_bytes(device: str = "cpu") -> int:
+    """Largest memory this process ever had: on the accelerator, or resident."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def groups_of(calibration: Calibration, names: Iterable[str] | None = None) -> list[Group]:
+    """Sublayers by Hessian, in the order of the model."""
+    wanted = None if names is None else set(names)
+    found: dict[str, list[str]] = {}
+    for name, key in calibration.key_of.items():
+        if wanted is None or name in wanted:
+            found.setdefault(key, []).append(name)
+    if wanted is not None and wanted - set(calibration.key_of):
+        missing = sorted(wanted - set(calibration.key_of))
+        raise DataError(f"no Hessian for {missing[0]}; collect Hessians with this layer included")
+    return [Group(key, tuple(members)) for key, members in found.items()]
+
+
+def compress_model(
+    model: nn.Module | Path | str,
+    calibration: Calibration | Path | str,
+    settings: CompressionSettings,
+    folder: Path | str,
+    *,
+    allocation: Mapping[str, Any] | None = None,
+    names: Iterable[str] | None = None,
+    workers: int = 1,
+    devices: Sequence[str] = ("cpu",),
+    threads: int | None = None,
+    progress: Callable[[Iterable], Iterator] = iter,
+) -> dict[str, dict[str, Any]]:
+    """Compress every calibrated sublayer into ``folder/work``; the record of each by name.
+
+    What is there already is kept, so the same call after any crash ends with the same bytes; the
+    number of workers changes nothing either (with equal ``threads``). Several processes may work
+    on one folder at once. :func:`assemble` puts the units into a model.
+
+    Args:
+        model: a module, or a model folder whose weights are then read one matrix at a time.
+        calibration: from ``collect_hessians``, or the folder written by ``save_hessians``.
+        settings: one for all sublayers; ``allocation`` overrides codebook, bits and rank of each.
+        names: only these sublayers.
+        workers: processes; with several ``devices`` they take turns in claiming one.
+        threads: of torch in every worker; None leaves what is set here.
+
+    Raises:
+        ConfigError: the folder holds units of another model, calibration or settings.
+        DataError: a sublayer without Hessian, or of another shape; non-finite numbers.
+    """
+    folder = Path(folder)
+    weights: ModuleWeights | FolderWeights
+    weights = ModuleWeights(model) if isinstance(model, nn.Module) else FolderWeights.open(model)
+    stored = None if isinstance(calibration, Calibration) else Path(calibration)
+    hessians = calibration if isinstance(calibration, Calibration) else load_hessians(calibration)
+    groups = groups_of(hessians, names)
+    for group in groups:
+        for name in group.names:
+            settings_for(name, settings, allocation)  # complain before any work
+    (folder / "work" / ".locks").mkdir(parents=True, exist_ok=True)
+    agree_on_manifest(
+        folder / MANIFEST,
+        {
+            "weights": weights.digest(),
+            "calibration": hessians.digest(),
+            "settings": dataclasses.asdict(settings),
+            "allocation": None if allocation is None else digest_of(allocation),
+        },
+        what="compressed sublayers",
+    )
+    job = Job(folder, settings, allocation)
+    todo = [g for g in groups if any(read_record(folder, n) is None for n in g.names)]
+    pool = Pool(workers, devices, torch.get_num_threads() if threads is None else threads)
+    turn = distributed.rank() * len(todo) // distributed.world()  # ranks begin apart
+    todo = todo[turn:] + todo[:turn]
+    while todo:
+        busy = pool.run(job, todo, weights, stored or hessians, progress)
+        todo = [g for g in busy if any(read_record(folder, n) is None for n in g.names)]
+        if todo:
+            time.sleep(1)  # another process is at these; look again until they are done
+    return {name: _record(folder, name) for group in groups for name in group.names}
+
+
+def _record(folder: Path, name: str) -> dict[str, Any]:
+    found = read_record(folder, name)
+    if found is None:
+        raise DataError(f"{folder}: unit {name} vanished while the model was compressed")
+    return found
+
+
+def assemble(
+    model: nn.Module, folder: Path | str, names: Iterable[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Put finished units (all that ``folder/work`` holds, or ``names``) into the model.
+
+    Experts are taken apart where needed. Returns the records by name.
+    """
+    folder = Path(folder)
+    if names is None:
+        names = sorted(p.stem for p in (folder / "work").glob("*.json"))
+    names = list(names)
+    if not names:
+        raise DataError(f"{folder / 'work'} holds no compressed sublayer")
+    unfuse_experts(model, unfused_names(names))
+    records = {}
+    for name in names:
+        tree = read_unit(folder, name)
+        install(model, name, tree)
+        records[name] = {key: value for key, value in tree.items() if key != "buffers"}
+    return records

@@ -1,192 +1,77 @@
-"""Second moments of the inputs of linear layers, streamed layer by layer.   [CALDERA §5; GPTQ §3]
+"""Second moments of the inputs of linear layers, streamed block by block.   [CALDERA §5; GPTQ §3]
 
-    H = X X^T / N,   kept as mean mu and centred part: H = Hc + mu mu^T
+The calibration text goes through one decoder block at a time: only one block's sums and the hidden
+states are held. Layers with the same input (found by object identity in a probing forward) share
+one Hessian. Under torchrun every process takes its share of the batches and the sums are added up,
+which is exact.
 
-Products are taken and added up in float64 (on accelerators in float32 over at most 4 096 rows,
-added up in float64), so that a large mean drowns nothing, and that the result
-does not depend on how the tokens were cut into batches, and two halves merge to the whole.
+With ``inputs="compressed"`` a block sees what the compressed blocks before it give, and together
+with the cross moment of original and compressed inputs, W* = W + a W (C - H^) H^^-1 makes up for
+part of their errors (:func:`corrected_weight`).   [QEP §3]
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from lplr_q import distributed
+from lplr_q.activation_aware.discovery import (
+    EXPERT,
+    UnfusedExperts,
+    decoder_blocks,
+    linear_names,
+    linear_shape,
+    linear_weight,
+)
+from lplr_q.activation_aware.moments import (
+    Calibration,
+    SecondMoment,
+    SecondMomentAccumulator,
+    begin_hessians,
+    block_is_stored,
+    load_hessians,
+    save_hessians,
+    write_block,
+)
 from workbench.errors import ConfigError, DataError
 
-ROWS_AT_ONCE = 4096
+__all__ = [
+    "BlockMoments",
+    "Calibration",
+    "SecondMoment",
+    "SecondMomentAccumulator",
+    "collect_hessians",
+    "corrected_weight",
+    "decoder_blocks",
+    "linear_names",
+    "linear_weight",
+    "load_hessians",
+    "save_hessians",
+    "stream_blocks",
+]
+
+PROBE_TOKENS = 64
+INPUTS = ("original", "compressed")
 
 
 @dataclass(frozen=True)
-class SecondMoment:
-    """Mean, centred second moment (float32) and number of tokens of one layer input."""
+class BlockMoments:
+    """What one decoder block's linear layers were given."""
 
-    mean: Float[Tensor, " n"]
-    centred: Float[Tensor, "n n"]
-    count: int
-
-    def matrix(self) -> Float[Tensor, "n n"]:
-        """H = Hc + mu mu^T in float64."""
-        mean = self.mean.double()
-        return self.centred.double() + mean[:, None] * mean[None, :]
-
-    def to_tree(self) -> dict[str, Any]:
-        """For storage: the lower triangle of Hc row by row, mu, and the count."""
-        n = len(self.mean)
-        rows, columns = torch.tril_indices(n, n)
-        return {"flat": self.centred[rows, columns], "mean": self.mean, "count": self.count}
-
-    @classmethod
-    def from_tree(cls, tree: dict[str, Any], *, name: str = "Hessian") -> SecondMoment:
-        """Inverse of :meth:`to_tree`.
-
-        Raises:
-            DataError: entries missing, or a triangle whose length does not fit the mean.
-        """
-        missing = {"flat", "mean", "count"} - set(tree)
-        if missing:
-            raise DataError(f"{name}: {', '.join(sorted(missing))} missing; collect it again")
-        n = len(tree["mean"])
-        if tree["flat"].numel() != n * (n + 1) // 2:
-            raise DataError(
-                f"{name}: {tree['flat'].numel()} entries, {n * (n + 1) // 2} expected for width {n}"
-            )
-        rows, columns = torch.tril_indices(n, n)
-        centred = torch.zeros(n, n)
-        centred[rows, columns] = tree["flat"].float()
-        centred[columns, rows] = tree["flat"].float()
-        return cls(tree["mean"].float(), centred, int(tree["count"]))
+    index: int
+    calibration: Calibration
+    cross: dict[str, Float[Tensor, "n n"]] = field(default_factory=dict)
+    """X X^^T / N of original and compressed inputs by key; with ``cross`` only."""
 
 
-class SecondMomentAccumulator:
-    """Running sums of x^T x, x and the token count."""
-
-    def __init__(self, n: int) -> None:
-        self.sum_squares = torch.zeros(n, n, dtype=torch.float64)
-        self.sum = torch.zeros(n, dtype=torch.float64)
-        self.count = 0
-
-    def add(self, x: Float[Tensor, "*batch n"]) -> None:
-        """Add every vector along the last axis.
-
-        Raises:
-            DataError: a value that is not finite.
-        """
-        rows = x.detach().reshape(-1, x.shape[-1])
-        if not bool(torch.isfinite(rows).all()):
-            bad = int((~torch.isfinite(rows)).sum())
-            raise DataError(f"{bad} non-finite inputs after {self.count} tokens")
-        for chunk in rows.split(ROWS_AT_ONCE):
-            chunk = chunk.double() if chunk.device.type == "cpu" else chunk.float()
-            self.sum_squares += (chunk.T @ chunk).to(self.sum_squares)
-            self.sum += chunk.sum(0, dtype=torch.float64).to(self.sum.device)
-        self.count += rows.shape[0]
-
-    def merge(self, other: SecondMomentAccumulator) -> None:
-        """Add another shard's sums; exact."""
-        if other.sum.shape != self.sum.shape:
-            raise DataError(f"widths {len(self.sum)} and {len(other.sum)} cannot be merged")
-        self.sum_squares += other.sum_squares
-        self.sum += other.sum
-        self.count += other.count
-
-    def finish(self) -> SecondMoment:
-        """The second moment seen so far.
-
-        Raises:
-            DataError: no token was seen.
-        """
-        if not self.count:
-            raise DataError("no calibration token reached this layer; use more or other text")
-        mean = self.sum / self.count
-        squares = (self.sum_squares + self.sum_squares.T) / (2 * self.count)
-        centred = squares - mean[:, None] * mean[None, :]
-        return SecondMoment(mean.float(), centred.float(), self.count)
-
-
-# ---------------------------------------------------------------- where the linear layers are
-
-
-def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks: the module list with the most parameters.
-
-    Raises:
-        ConfigError: the model has none.
-    """
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    lists = [(name, m) for name, m in lists if len(m) and any(True for _ in m.parameters())]
-    if not lists:
-        raise ConfigError(f"{type(model).__name__} has no list of decoder blocks to compress")
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
-def linear_names(
-    model: nn.Module, *, include: str = ".*", exclude: str | None = None
-) -> dict[int, list[str]]:
-    """Full names of the linear layers of each decoder block that match ``include`` and not
-    ``exclude``.
-
-    Raises:
-        ConfigError: a pattern that is no regular expression, or nothing matches.
-    """
-    try:
-        wanted, unwanted = re.compile(include), re.compile(exclude) if exclude else None
-    except re.error as error:
-        raise ConfigError(f"include/exclude is no regular expression: {error}") from None
-    prefix, blocks = decoder_blocks(model)
-    found: dict[int, list[str]] = {}
-    for index, block in enumerate(blocks):
-        names = []
-        for name, module in block.named_modules():
-            full = f"{prefix}.{index}.{name}"
-            if not isinstance(module, nn.Linear) or not wanted.search(full):
-                continue
-            if unwanted is None or not unwanted.search(full):
-                names.append(full)
-        found[index] = names
-    if not any(found.values()):
-        raise ConfigError(f"no nn.Linear in {prefix} matches include={include!r}")
-    return found
-
-
-# ---------------------------------------------------------------- the calibration pass
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Second moments by key, and which key every linear layer uses."""
-
-    moments: dict[str, SecondMoment]
-    key_of: dict[str, str]
-
-    def of(self, name: str) -> SecondMoment:
-        """The second moment of the input of the linear layer ``name``.
-
-        Raises:
-            DataError: it was not calibrated.
-        """
-        if name not in self.key_of:
-            raise DataError(f"no Hessian for {name}; collect Hessians with this layer included")
-        return self.moments[self.key_of[name]]
-
-    def to_tree(self) -> dict[str, Any]:
-        """For storage."""
-        moments = {key: moment.to_tree() for key, moment in self.moments.items()}
-        return {"moments": moments, "key_of": dict(self.key_of)}
-
-    @classmethod
-    def from_tree(cls, tree: dict[str, Any]) -> Calibration:
-        """Inverse of :meth:`to_tree`."""
-        moments = {
-            key: SecondMoment.from_tree(moment, name=key) for key, moment in tree["moments"].items()
-        }
-        return cls(moments, dict(tree["key_of"]))
+# ---------------------------------------------------------------- block calls
 
 
 class _Stop(Exception):
@@ -240,27 +125,235 @@ def _call_block(block: nn.Module, hidden: Tensor, extra: tuple[tuple, dict]) -> 
     return out[0] if isinstance(out, tuple) else out
 
 
-def _groups(block: nn.Module, names: dict[str, nn.Module], call: Callable[[], Any]) -> list[list]:
-    """Names of linear layers that receive the very same input tensor, found by object identity."""
-    seen: list[tuple[Tensor, list[str]]] = []
+def shared_inputs(
+    model: nn.Module, names_of: dict[int, list[str]], probe: Int64[Tensor, "1 length"]
+) -> dict[int, list[list[str]]]:
+    """Names of linear layers of each block that receive the very same input tensor.
 
-    def hook(name: str) -> Callable:
+    Experts that the probe did not choose stand alone. Layers whose weight is used without a call
+    (dt_proj of Mamba) are left out: nothing could be put in their place.
+    """
+    seen: dict[int, list[tuple[Tensor | None, list[str]]]] = {i: [] for i in names_of}
+
+    def hook(index: int, name: str) -> Callable:
         def record(_module: nn.Module, args: tuple) -> None:
-            for tensor, members in seen:
+            for tensor, members in seen[index]:
                 if tensor is args[0]:
                     members.append(name)
                     return
-            seen.append((args[0], [name]))  # the reference keeps the object's identity alive
+            seen[index].append((args[0], [name]))  # the reference keeps its identity alive
 
         return record
 
-    handles = [m.register_forward_pre_hook(hook(n)) for n, m in names.items()]
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(hook(index, name))
+        for index, names in names_of.items()
+        for name in names
+    ]
     try:
-        call()
+        model(input_ids=probe, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return [members for _, members in seen]
+    for index, names in names_of.items():
+        met = {name for _, members in seen[index] for name in members}
+        alone = (name for name in names if name not in met and EXPERT.match(name))
+        seen[index] += [(None, [name]) for name in alone]
+    return {index: [members for _, members in entries] for index, entries in seen.items()}
+
+
+# ---------------------------------------------------------------- the pass
+
+
+def stream_blocks(
+    model: nn.Module,
+    tokens: Int64[Tensor, "rows length"],
+    *,
+    batch_size: int = 8,
+    include: str = ".*",
+    exclude: str | None = None,
+    mask: Bool[Tensor, "rows length"] | None = None,
+    inputs: str = "original",
+    cross: bool = False,
+    skip: Callable[[int], bool] = lambda index: False,
+    progress: Callable[[Iterable], Iterator] = iter,
+) -> Iterator[BlockMoments]:
+    """The moments of one decoder block after the other.
+
+    With ``inputs="compressed"`` the block is called again after the moments were given out, so
+    whatever was put into it meanwhile makes the next block's inputs. ``cross`` (which needs that)
+    keeps the original inputs beside them. Blocks for which ``skip`` is true are only passed
+    through. Tokens where ``mask`` is False (padding) are left out.
+
+    Raises:
+        DataError: no tokens, or non-finite activations (names the layer).
+    """
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise DataError(
+            f"calibration tokens of shape {tuple(tokens.shape)}; expected rows x length"
+        )
+    if inputs not in INPUTS or (cross and inputs != "compressed"):
+        raise ConfigError(f"inputs={inputs!r}; choose from {', '.join(INPUTS)}; cross needs those")
+    prefix, blocks = decoder_blocks(model)
+    names_of = linear_names(model, include=include, exclude=exclude)
+    device = next(model.parameters()).device
+    batches = distributed.mine([b.to(device) for b in tokens.split(batch_size)])
+    masks = None if mask is None else distributed.mine(list(mask.to(device).split(batch_size)))
+    with torch.no_grad():
+        probe = tokens[:1, :PROBE_TOKENS].to(device)
+        groups_of = shared_inputs(model, names_of, probe)
+        hidden, arguments = _first_inputs(model, blocks, batches)
+        original = list(hidden) if cross else None
+    for index, block in progress(list(enumerate(blocks))):
+        walk = _Walk(model, block, index, groups_of[index], arguments, masks)
+        with torch.no_grad():
+            if skip(index):
+                hidden = walk.forward(hidden)
+                continue
+            after = walk.accumulate(hidden, original)
+            for sums in walk.sums.values():
+                sums.all_reduce(device)
+        yield walk.finish(prefix)
+        with torch.no_grad():
+            if inputs == "compressed":
+                hidden = walk.forward(hidden)
+                original = walk.after_original
+            else:
+                hidden = after
+
+
+class _Walk:
+    """One block and the sums over its inputs."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        block: nn.Module,
+        index: int,
+        groups: list[list[str]],
+        arguments: dict[int, list[tuple[tuple, dict]]],
+        masks: list[Tensor] | None,
+    ) -> None:
+        self.model, self.block, self.index = model, block, index
+        self.groups, self.arguments, self.masks = groups, arguments, masks
+        self.modules = {g[0]: model.get_submodule(g[0]) for g in groups}
+        self.sums = {
+            name: SecondMomentAccumulator(linear_shape(m)[1]) for name, m in self.modules.items()
+        }
+        self.cross: dict[str, Tensor] = {}
+        self.after_original: list[Tensor] | None = None
+        self._mask: Tensor | None = None
+        self._kept: dict[str, Tensor] | None = None
+
+    def _call(self, states: Tensor) -> Tensor:
+        extra = self.arguments[states.shape[0]][self.index]
+        return _call_block(self.block, states, extra)
+
+    def forward(self, hidden: list[Tensor]) -> list[Tensor]:
+        """The block's outputs, nothing else."""
+        return [self._call(states) for states in hidden]
+
+    def accumulate(self, hidden: list[Tensor], original: list[Tensor] | None) -> list[Tensor]:
+        """Outputs for ``hidden`` while the inputs of its layers are added up."""
+        outputs, after_original = [], []
+        for i, states in enumerate(hidden):
+            self._mask = None if self.masks is None else self.masks[i]
+            self._kept = None
+            if original is not None:
+                self._kept = {}
+                with self._hooks(self._keep):
+                    after_original.append(self._call(original[i]))
+            with self._hooks(self._add):
+                outputs.append(self._call(states))
+        self.after_original = after_original if original is not None else None
+        return outputs
+
+    def _hooks(self, act: Callable[[str, nn.Module, Tensor], None]) -> Any:
+        handles = [
+            module.register_forward_pre_hook(lambda m, args, n=name: act(n, m, args[0]))
+            for name, module in self.modules.items()
+        ]
+
+        class Hooks:
+            def __enter__(self) -> None:
+                pass
+
+            def __exit__(self, *_: object) -> None:
+                for handle in handles:
+                    handle.remove()
+
+        return Hooks()
+
+    def _rows(self, name: str, x: Tensor) -> Tensor:
+        """The vectors that are no padding."""
+        mask = self._mask
+        if mask is None:
+            return x.reshape(-1, x.shape[-1])
+        expert = EXPERT.match(name)
+        if expert:
+            experts = self.model.get_submodule(expert[1])
+            if isinstance(experts, UnfusedExperts) and experts.tokens is not None:
+                return x[mask.flatten()[experts.tokens]]
+        if x.shape[:-1] == mask.shape:
+            return x[mask]
+        rows = x.reshape(-1, x.shape[-1])
+        return rows[mask.flatten()] if len(rows) == mask.numel() else rows
+
+    def _keep(self, name: str, module: nn.Module, x: Tensor) -> None:
+        assert self._kept is not None
+        self._kept[name] = self._rows(name, x)
+
+    def _add(self, name: str, module: nn.Module, x: Tensor) -> None:
+        rows = self._rows(name, x)
+        try:
+            self.sums[name].add(rows)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
+        if self._kept is not None:
+            before = self._kept.get(name)
+            if before is None or before.shape != rows.shape:
+                return  # another choice of experts: no pairs
+            total = (before.double().T @ rows.double()).cpu()
+            self.cross[name] = self.cross[name] + total if name in self.cross else total
+
+    def finish(self, prefix: str) -> BlockMoments:
+        """Means of the sums; experts that saw too few tokens get their layer's pooled moment."""
+        moments: dict[str, SecondMoment] = {}
+        key_of: dict[str, str] = {}
+        cross: dict[str, Tensor] = {}
+        pooled = _pooled(self.sums)
+        for members in self.groups:
+            name = members[0]
+            sums, label = self.sums[name], name
+            if name in pooled and sums.count < len(sums.sum):
+                label, sums = pooled[name]
+            key = label.removeprefix(f"{prefix}.")
+            if key not in moments:
+                try:
+                    moments[key] = sums.finish()
+                except DataError as error:
+                    raise DataError(f"{name}: {error}") from None
+            key_of.update(dict.fromkeys(members, key))
+            if name in self.cross and label == name:
+                total = distributed.all_reduce_sum(self.cross[name])
+                cross[key] = total / sums.count
+        return BlockMoments(self.index, Calibration(moments, key_of), cross)
+
+
+def _pooled(
+    sums: dict[str, SecondMomentAccumulator],
+) -> dict[str, tuple[str, SecondMomentAccumulator]]:
+    """For every expert's layer: name and sums of that layer over all experts of its block."""
+    found: dict[str, tuple[str, SecondMomentAccumulator]] = {}
+    together: dict[str, SecondMomentAccumulator] = {}
+    for name, own in sums.items():
+        match = EXPERT.match(name)
+        if match:
+            label = f"{match[1]}.pooled.{match[3]}"
+            total = together.setdefault(label, SecondMomentAccumulator(len(own.sum)))
+            total.merge(SecondMomentAccumulator.from_tree(own.to_tree()))
+            found[name] = (label, total)
+    return found
 
 
 def collect_hessians(
@@ -271,62 +364,62 @@ def collect_hessians(
     include: str = ".*",
     exclude: str | None = None,
     mask: Bool[Tensor, "rows length"] | None = None,
+    folder: Path | str | None = None,
+    fingerprint: dict[str, Any] | None = None,
     progress: Callable[[Iterable], Iterator] = iter,
 ) -> Calibration:
     """Second moments of the inputs of all linear layers in the decoder blocks.
 
-    The text goes through one block at a time, so only one block's sums and the hidden states are
-    held. Layers with the same input share one Hessian. Tokens where ``mask`` is False (padding)
-    are left out.
+    With ``folder`` every block's moments are written when they are done and found again by the
+    same call after an interruption; memory then holds one block's sums only. ``fingerprint`` says
+    what they are made from. Under torchrun rank 0 writes.
 
     Raises:
         DataError: no tokens, or non-finite activations (names the layer).
+        ConfigError: the folder holds Hessians of another origin.
     """
-    if tokens.ndim != 2 or tokens.numel() == 0:
-        raise DataError(
-            f"calibration tokens of shape {tuple(tokens.shape)}; expected rows x length"
-        )
-    prefix, blocks = decoder_blocks(model)
-    names_of = linear_names(model, include=include, exclude=exclude)
-    device = next(model.parameters()).device
-    batches = [b.to(device) for b in tokens.split(batch_size)]
-    masks = None if mask is None else [m.to(device) for m in mask.split(batch_size)]
-    moments: dict[str, SecondMoment] = {}
-    key_of: dict[str, str] = {}
-    with torch.no_grad():
-        hidden, arguments = _first_inputs(model, blocks, batches)
-        for index, block in progress(list(enumerate(blocks))):
-            modules = {n: model.get_submodule(n) for n in names_of[index]}
-            first = arguments[hidden[0].shape[0]][index]
-            groups = _groups(block, modules, lambda b=block, f=first: _call_block(b, hidden[0], f))
-            sums = {g[0]: SecondMomentAccumulator(modules[g[0]].in_features) for g in groups}
-            current: list[Tensor | None] = [None]
-            handles = [
-                modules[name].register_forward_pre_hook(_adder(name, sums[name], current))
-                for name in sums
-            ]
-            try:
-                for i, states in enumerate(hidden):
-                    current[0] = None if masks is None else masks[i]
-                    hidden[i] = _call_block(block, states, arguments[states.shape[0]][index])
-            finally:
-                for handle in handles:
-                    handle.remove()
-            for members in groups:
-                key = members[0].removeprefix(f"{prefix}.")
-                moments[key] = sums[members[0]].finish()
-                key_of.update(dict.fromkeys(members, key))
-    return Calibration(moments, key_of)
+    options: dict[str, Any] = {
+        "batch_size": batch_size, "include": include, "exclude": exclude, "mask": mask,
+        "progress": progress,
+    }  # fmt: skip
+    if folder is None:
+        moments: dict[str, SecondMoment] = {}
+        key_of: dict[str, str] = {}
+        for block in stream_blocks(model, tokens, **options):
+            moments |= block.calibration.moments
+            key_of |= block.calibration.key_of
+        return Calibration(moments, key_of)
+    folder = Path(folder)
+    names = linear_names(model, include=include, exclude=exclude)
+    layers = [index for index, found in names.items() if found]
+    if distributed.rank() == 0:
+        begin_hessians(folder, {**(fingerprint or {}), "layers": layers})
+    distributed.barrier()
+    stored = {index for index in layers if block_is_stored(folder, index)}
+    stored |= set(names) - set(layers)
+    distributed.barrier()  # all have looked before anyone writes
+    for block in stream_blocks(model, tokens, skip=lambda index: index in stored, **options):
+        if distributed.rank() == 0:
+            write_block(folder, block.index, block.calibration)
+    distributed.barrier()
+    return load_hessians(folder)
 
 
-def _adder(name: str, sums: SecondMomentAccumulator, current: list) -> Callable:
-    def add(_module: nn.Module, args: tuple) -> None:
-        x, mask = args[0], current[0]
-        if mask is not None and x.shape[:-1] == mask.shape:
-            x = x[mask]
-        try:
-            sums.add(x)
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from None
-
-    return add
+def corrected_weight(
+    weight: Float[Tensor, "m n"],
+    moment: SecondMoment,
+    cross: Float[Tensor, "n n"],
+    *,
+    alpha: float = 0.5,
+    sigma: float = 1e-2,
+) -> Float[Tensor, "m n"]:
+    """W* = W + a W (C - H^) (H^ + s mean(diag H^) I)^-1: what W gives to the original inputs, as
+    far as a linear map of the compressed ones can say it.   [QEP, eq. 7]"""
+    if not alpha:
+        return weight
+    hessian = moment.matrix()
+    damped = hessian.clone()
+    damped.diagonal().add_(sigma * float(hessian.diagonal().mean()))
+    gap = (cross.to(hessian) - hessian).T  # solve (H^ + sI) X = (C - H^)^T, then W X^T
+    shift = torch.linalg.solve(damped, gap).T
+    return weight + alpha * (weight.double() @ shift.to(weight.device)).to(weight.dtype)
