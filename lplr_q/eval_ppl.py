@@ -133,7 +133,7 @@ def _subject(run: Run, e: Experiment) -> tuple[Any, Any]:
 
     model, tokenizer = run.load_model(e.model_save_path)
     if e.finetune_save_dir is not None:
-        from lplr_q.finetuning import put_trained
+        from lplr_q.trainable import put_trained
         from workbench import storage
 
         file = e.finetune_save_dir / "trained.safetensors"

@@ -1,0 +1,298 @@
+"""What the fine-tuning scripts share: settings, the compressed student, texts, saving, the table of
+before and after.
+
+All of them run alone, under ``torchrun --nproc-per-node N -m lplr_q.finetune_...`` and under
+``accelerate launch`` (which sets the same environment); results do not depend on N beyond rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from workbench.cli import RunField, RunOptions
+from workbench.errors import ConfigError
+from workbench.run import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lplr_q.evaluate import TextBlocks
+    from lplr_q.tuning_loop import Progress
+
+BUILT_IN = ("microworld", "stdlib")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings of every fine-tuning script."""
+
+    base_model: str = "micro-mistral"
+    """The original: built-in name, local folder or hub id."""
+    model_save_path: str | None = None
+    """Folder of the compressed model; without it the original is compressed here first."""
+    bits: float = 2.5
+    """Without model_save_path: bits per weight, overheads included."""
+    codebook: str = "e8p"
+    """Without model_save_path: codebook of Q."""
+    factor_bits: int = 4
+    """Without model_save_path: bits per entry of L and R."""
+    include: str = ".*"
+    """Without model_save_path: regular expression of the layers to compress."""
+    calibration: tuple[str, ...] = ("microworld:doc", "stdlib")
+    """Without model_save_path: texts whose activations make the Hessians."""
+    calibration_tokens: int = 8192
+    """Tokens of each calibration text."""
+    ft_rank: int = 64
+    """Components of L and R that train, as 16-bit numbers; layers of smaller rank train all."""
+    batch_size: int = 1
+    """Rows per forward pass and process."""
+    gradient_accumulation_steps: int = 1
+    """batch_size times this is a step, over all processes together."""
+    epochs: float = 3
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """Steps instead of epochs."""
+    learning_rate: float = 1e-4
+    """Of L and R."""
+    weight_decay: float = 0.0
+    """Of AdamW; signs and biases have none."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """After the warm-up."""
+    warmup_steps: int | None = None
+    """Steps of warm-up; None takes warmup_ratio."""
+    warmup_ratio: float = 0.0
+    """Share of all steps."""
+    max_grad_norm: float = 1.0
+    """Joint norm that gradients are scaled down to; 0 never."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
+    eval_steps: int | None = None
+    """Steps between validations; None: once an epoch."""
+    save_steps: int = 200
+    """Steps between checkpoints."""
+    patience: int = 0
+    """Stop after so many validations without a better one; 0 never."""
+    evaluation: tuple[str, ...] = ("microworld:doc", "stdlib")
+    """Held-out texts for perplexity before and after."""
+    evaluation_tokens: int = 6144
+    """Tokens of each."""
+    seed: int = 0
+    """Seed of all named streams."""
+    run: RunField = RunOptions()
+
+    def __post_init__(self) -> None:
+        least = {"ft_rank": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "save_steps": 1}
+        least |= {"patience": 0, "calibration_tokens": 1, "evaluation_tokens": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected at least {value}")
+        for name in ("max_steps", "eval_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: expected at least 1")
+        if self.epochs <= 0 or self.learning_rate <= 0:
+            raise ConfigError("epochs and learning_rate must be positive")
+        if not 0 <= self.warmup_ratio <= 1 or self.weight_decay < 0:
+            raise ConfigError("expected warmup_ratio from 0 to 1 and weight_decay of at least 0")
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimiser step."""
+        return self.batch_size * self.gradient_accumulation_steps
+
+
+def together(script: str, e: Tuning, work: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:
+    """``work(run)`` in every process of a torchrun group; the results of rank 0 ({} elsewhere)."""
+    import torch
+
+    from lplr_q import distributed
+
+    cuda = torch.cuda.is_available() and e.run.device.startswith(("auto", "cuda"))
+    with distributed.group("cuda" if cuda else "cpu"):
+        with Run.open(script, distributed.own_run(script, e)) as run:
+            done = torch.tensor([int(run.finished)], device="cuda" if cuda else "cpu")
+            if int(distributed.broadcast(done)):
+                return run.results
+            results = work(run)
+        return results if distributed.rank() == 0 else {}
+
+
+def leader_folder(script: str, e: Tuning) -> Path:
+    """The run folder of rank 0."""
+    return Run.open(script, e).directory
+
+
+# ---------------------------------------------------------------- the student
+
+
+def load_student(run: Run, script: str, e: Tuning) -> tuple[nn.Module, Any]:
+    """The compressed model as it was saved, and its tokenizer; compressed here if need be."""
+    from lplr_q import distributed
+    from lplr_q.hf import save_compressed
+
+    folder = Path(e.model_save_path) if e.model_save_path else None
+    if folder is None:
+        folder = leader_folder(script, e) / "compressed"
+        if distributed.rank() == 0:
+            model, tokenizer = _compress(run, e)
+            save_compressed(model, tokenizer, folder, notes={"model": e.base_model})
+        distributed.barrier()
+    model, tokenizer = run.load_model(e.model_save_path or folder, what="student")
+    if e.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, tokenizer
+
+
+def _compress(run: Run, e: Tuning) -> tuple[Any, Any]:
+    """The original with every linear layer compressed, one unit each."""
+    import torch
+
+    from lplr_q.activation_aware.hessian import Calibration, collect_hessians
+    from lplr_q.evaluate import load_blocks
+    from lplr_q.quantize_model import (
+        CompressionSettings,
+        compress_sublayer,
+        install,
+        linear_weight,
+        prepare_sublayer,
+        result_tree,
+    )
+
+    model, tokenizer = run.load_model(e.base_model, what="base_model", dtype=None)
+    settings = CompressionSettings(
+        bits=e.bits, codebook=e.codebook, factor_bits=e.factor_bits, rounds=1, sweeps=1
+    )
+
+    def hessians() -> dict[str, Any]:
+        length = min(256, e.calibration_tokens)
+        parts = [
+            load_blocks(tokenizer, s, tokens=e.calibration_tokens, length=length, split="train")
+            for s in e.calibration
+        ]
+        return collect_hessians(
+            model,
+            torch.cat([p.tokens for p in parts]),
+            mask=torch.cat([p.counted for p in parts]),
+            include=e.include,
+            progress=lambda items: run.progress(items, "hessians"),
+        ).to_tree()
+
+    calibration = Calibration.from_tree(run.once("hessians", hessians))
+    prepared: dict[str, Any] = {}
+    for name in run.progress(list(calibration.key_of), f"compress to {e.bits:g} bits"):
+        weight = linear_weight(model.get_submodule(name)).detach().float().cpu()
+        key = calibration.key_of[name]
+
+        def compute(name: str = name, weight: Tensor = weight, key: str = key) -> dict[str, Any]:
+            if key not in prepared:
+                prepared.clear()
+                prepared[key] = prepare_sublayer(
+                    calibration, name, weight.shape[1], settings, run.streams.torch
+                )
+            found = compress_sublayer(weight, prepared[key], name, settings, run.streams.torch)
+            return result_tree(found)
+
+        install(model, name, run.once(f"compress/{name}", compute))
+    return model, tokenizer
+
+
+# ---------------------------------------------------------------- texts
+
+
+def token_blocks(
+    tokenizer: Any, source: str | Path, *, split: str, length: int, n: int | None, seed: int = 0
+) -> TextBlocks:
+    """``n`` rows (or all there are) of ``length`` tokens of a text source or file."""
+    import torch
+
+    from lplr_q.eval_tasks import hub_rows
+    from lplr_q.evaluate import TextBlocks, load_blocks
+    from workbench.text import load_texts, pack_blocks, read_texts
+
+    if isinstance(source, Path):
+        texts = read_texts(source)
+    elif source.startswith(BUILT_IN):
+        return load_blocks(
+            tokenizer, source, tokens=(n or 64) * length, length=length, split=split, seed=seed
+        )
+    elif source == "wikitext2":
+        rows = hub_rows("Salesforce/wikitext:wikitext-2-raw-v1", split)
+        texts = [row["text"] for row in rows if row["text"].strip()]
+    else:
+        texts = load_texts(source, n=100_000, split=split, seed=seed)
+    blocks = pack_blocks(tokenizer, texts, length, n)
+    return TextBlocks(str(source), blocks, torch.ones_like(blocks, dtype=torch.bool))
+
+
+def concatenated(parts: list[TextBlocks]) -> tuple[Tensor, Tensor]:
+    """(tokens, counted targets) of several sources with rows of one length."""
+    import torch
+
+    return (
+        torch.cat([p.tokens for p in parts]),
+        torch.cat([p.counted[:, 1:] for p in parts]),
+    )
+
+
+# ---------------------------------------------------------------- afterwards
+
+
+def perplexities(run: Run, stage: str, model: Any, texts: list[TextBlocks]) -> dict[str, Any]:
+    """-ln p of every token of the held-out texts; one unit per stage."""
+    from lplr_q.evaluate import nats_by_source
+
+    return run.once(f"perplexity/{stage}", lambda: nats_by_source(model, texts, batch_size=4))
+
+
+def save_tuned(run: Run, model: Any, tokenizer: Any, about: dict[str, Any]) -> dict[str, float]:
+    """``trained.safetensors`` and the whole model under ``model/``; what the latter takes."""
+    from lplr_q.activation_aware.quantized_layer import merge_trained, quantised_layers
+    from lplr_q.hf import save_compressed
+
+    tensors = {
+        f"{name}.{own}": parameter.detach().cpu().contiguous()
+        for name, layer in quantised_layers(model)
+        for own, parameter in layer.named_parameters()
+        if parameter.requires_grad
+    }
+    run.save_tensors("trained.safetensors", tensors, {k: str(v) for k, v in about.items()})
+    merge_trained(model)
+    return save_compressed(model, tokenizer, run.path("model"), notes=about)
+
+
+def before_after(
+    texts: list[TextBlocks], stages: dict[str, dict[str, Any]], bits: dict[str, float]
+) -> list[dict[str, Any]]:
+    """Perplexity of every stage on every text: ratio to the original, change against the first
+    compressed stage, both paired."""
+    from lplr_q.evaluate import perplexity_columns
+
+    names = list(stages)
+    rows = []
+    for text in texts:
+        for name in names:
+            own, base = stages[name][text.name], stages[names[0]][text.name]
+            row = {"text": text.name, "stage": name, "bits": bits[name]}
+            row |= perplexity_columns(text, own, base)
+            change = perplexity_columns(text, own, stages[names[1]][text.name])
+            row |= {key.replace("ratio", "change"): change[key] for key in _PAIRED}
+            rows.append(row)
+    return rows
+
+
+_PAIRED = ("ratio", "ratio_low", "ratio_high")
+
+
+def curve_figure(run: Run, progress: Progress, label: str) -> None:
+    """The validation curve of a run."""
+    from workbench.plots import line_plot, new_figure
+
+    rows = progress.curve
+    name = next(key for key in rows[0] if key != "step")
+    figure, axes = new_figure()
+    line_plot(axes, rows, x="step", y=name, xlabel="step", ylabel=label)
+    said = "; ".join(f"step {r['step']:g}: {r[name]:.4f}" for r in rows)
+    run.figure("validation", figure, rows, caption=f"Validation: {label}.", alt=f"{label}: {said}")
