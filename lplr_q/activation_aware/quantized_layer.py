@@ -188,18 +188,18 @@ class LPLRQuantizedLinear(nn.Module):
 
     # ------------------------------------------------------------ decoding
 
-    def _codes(self, name: str) -> tuple[list[Tensor], Tensor | None]:
+    def codes(self, name: str) -> tuple[list[Tensor], Tensor | None]:
         """Code tensors and tail of ``q``, ``l`` or ``r``."""
         names = (f"{name}_codes", f"{name}_codes_2")
         buffers = self._buffers
         found = [b for b in (buffers.get(part) for part in names) if b is not None]
         return found, buffers.get(f"{name}_tail")
 
-    def _factor(self, name: str) -> Float[Tensor, "r length"]:
+    def factor(self, name: str) -> Float[Tensor, "r length"]:
         """Coded components of L^T or R."""
         form = self.form
         length = self.out_features if name == "l" else self.in_features
-        codes, tail = self._codes(name)
+        codes, tail = self.codes(name)
         scales = self._buffers.get(f"{name}_scales")
         return coded_factor(
             codes,
@@ -215,7 +215,7 @@ class LPLRQuantizedLinear(nn.Module):
         """(L^T, R) pairs of the coded and the trained components, float32."""
         pairs = []
         if self.form.coded_rank:
-            pairs.append((self._factor("l"), self._factor("r")))
+            pairs.append((self.factor("l"), self.factor("r")))
         if self.form.ft_rank:
             pairs.append((self.lora_L.float().T, self.lora_R.float()))
         return pairs
@@ -230,14 +230,15 @@ class LPLRQuantizedLinear(nn.Module):
             return stored
         return float_signs(stored) if self.form.signs == "float" else unpack_signs(stored, count)
 
-    def _divisor(self) -> Tensor | None:
+    def input_divisor(self) -> Float[Tensor, " n"] | None:
+        """d of x / d, or None."""
         stored = self._buffers.get("rescale")
         return None if stored is None else stored.view(torch.bfloat16).float()
 
     def _rotated_matrix(self) -> Float[Tensor, "m n"]:
         """Q + L R in the rotated basis, float32."""
         form, m, n = self.form, self.out_features, self.in_features
-        codes, tail = self._codes("q")
+        codes, tail = self.codes("q")
         if form.q_bits:
             total = decode_rows(codes, tail, form.codebook, form.q_bits, n, 0, m)
             total = total * self.q_scale.view(torch.float32)
@@ -254,7 +255,7 @@ class LPLRQuantizedLinear(nn.Module):
             signs_out, signs_in = self.signs()
             matrix = unrotate_rows(matrix, signs_in)
             matrix = unrotate_rows(matrix.T, signs_out).T.contiguous()
-        divisor = self._divisor()
+        divisor = self.input_divisor()
         return matrix if divisor is None else matrix / divisor
 
     @property
@@ -291,7 +292,7 @@ class LPLRQuantizedLinear(nn.Module):
         if self.mode == "cached":
             return nn.functional.linear(x, self._keep("dense", x.dtype, self.dequantize), bias)
         inner = x
-        divisor = self._divisor()
+        divisor = self.input_divisor()
         if divisor is not None:
             inner = inner.float() / divisor
         if self.form.rotated:
@@ -311,7 +312,7 @@ class LPLRQuantizedLinear(nn.Module):
         """(Q + L R) x in the rotated basis."""
         form, y = self.form, None
         if form.q_bits:
-            codes, tail = self._codes("q")
+            codes, tail = self.codes("q")
             flat = product(
                 x.reshape(-1, self.in_features),
                 codes,
@@ -403,9 +404,11 @@ class LPLRQuantizedLinear(nn.Module):
             del self._parameters[name]
             stored = pack_signs(value) if plain else value.half().view(torch.int16)
             self.register_buffer(name, stored)
-        self._reform(signs="packed" if plain else "float")
+        self.reform(signs="packed" if plain else "float")
 
-    def _reform(self, **changes: Any) -> None:
+    def reform(self, **changes: Any) -> None:
+        """Note another form after tensors were put in or taken out."""
+        self._kept.clear()
         fields = {name: getattr(self.form, name) for name in Form.__dataclass_fields__}
         self.form = Form(**{**fields, **changes})
 
@@ -422,7 +425,7 @@ class LPLRQuantizedLinear(nn.Module):
             signs_out, signs_in = self.signs()
             left = unrotate_rows(left.T, signs_out).T
             right = unrotate_rows(right, signs_in)
-        divisor = self._divisor()
+        divisor = self.input_divisor()
         if divisor is not None:
             right = right / divisor
         return {"lora_A": right.contiguous().detach(), "lora_B": left.contiguous().detach()}
