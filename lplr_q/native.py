@@ -1,4 +1,4 @@
-"""Small C kernels, compiled once on the machine they run on; without a compiler torch does the work.
+"""Small C kernels, compiled once where they run; without a compiler torch does the work.
 
 The compiled file lies in ``$XDG_CACHE_HOME/fivefold/native`` (default ``~/.cache``) under a name
 made from the source, the compiler and the processor, so a changed one is compiled anew. Nothing

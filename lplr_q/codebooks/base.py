@@ -22,7 +22,7 @@ CODEBOOKS: dict[str, str] = {
     **{
         f"tcq-{window}{kind}": f"{_TRELLIS}:"
         for window in (8, 10, 12)
-        for kind in ("", "-random", "-3inst")
+        for kind in ("", "-random", "-3inst", "-16x16")
     },
 }
 
@@ -34,8 +34,9 @@ class Codebook(Protocol):
     ``dim`` coordinates become ``len(streams)`` integers of ``streams[i]`` bits each. Multiply the
     unit-variance input by ``opt_scale`` before :meth:`encode`; divide after :meth:`decode`.
 
-    A codebook may have an attribute ``rows``: so many rows of a matrix are coded together, and the
-    first axis of what is encoded counts rows. Without it every row stands alone.
+    A codebook may have an attribute ``rows``: so many rows of a matrix are coded together
+    (:func:`row_groups`), and the first axis of what is encoded counts rows. Without it every row
+    stands alone.
     """
 
     name: str
@@ -61,6 +62,8 @@ def make_codebook(name: str, bits: int) -> Codebook:
         ConfigError: unknown name, or bits this codebook does not have.
     """
     target = CODEBOOKS.get(name, name)
+    if name not in CODEBOOKS and name.startswith("tcq-"):
+        target = f"{_TRELLIS}:"  # the family has more members than are listed
     if ":" not in target:
         raise unknown_name("codebook", name, CODEBOOKS)
     module, _, factory = target.partition(":")
@@ -75,6 +78,21 @@ def make_codebook(name: str, bits: int) -> Codebook:
 def rows_of(codebook: object) -> int:
     """How many rows the codebook codes together."""
     return int(getattr(codebook, "rows", 1))
+
+
+def row_groups(m: int, rows: int) -> list[tuple[int, int]]:
+    """(how many, height) of the groups of rows coded together, first to last.
+
+    What is left over makes a group of its own, or joins the last one when it is less than half of
+    one.
+
+    >>> row_groups(40, 16), row_groups(36, 16), row_groups(3, 16)
+    ([(2, 16), (1, 8)], [(1, 16), (1, 20)], [(1, 3)])
+    """
+    whole, rest = divmod(m, rows)
+    if whole and rest and 2 * rest < rows:
+        whole, rest = whole - 1, rest + rows
+    return [(count, height) for count, height in ((whole, rows), (1, rest)) if count and height]
 
 
 def decode_matrix(codebook: Codebook, codes: Int64[Tensor, "m blocks s"]) -> Tensor:

@@ -1,19 +1,22 @@
-"""Trellis-coded quantisation: 16 x 16 tiles of a matrix as closed walks through a bitshift trellis.
+"""Trellis-coded quantisation: tiles of a matrix as closed walks through a bitshift trellis.
 [QTIP §3]
 
-Symbol b_t, t = 16 (i mod 16) + j, of a tile is the k-bit code of its entry (i mod 16, j). The
-circle of 256 symbols alone says every state (:mod:`lplr_q.codebooks.trellis`), so a matrix of m x n
-weights costs k m n bits exactly. Rows that do not fill a tile make a shorter circle.
+Symbol b_t, t = c i + j, of a tile of r x c entries is the k-bit code of its entry (i, j). The
+circle of symbols alone says every state (:mod:`lplr_q.codebooks.trellis`), so a matrix of m x n
+weights costs k m n bits exactly. Rows that do not fill a tile make a shorter or longer circle
+(:func:`lplr_q.codebooks.base.row_groups`).
+
+QTIP's tiles are 16 x 16. Ours are 64 x 4: as long a circle, but LDLQ feeds the error back every
+four columns instead of every sixteen, which the error shows (``tests/lplr_q/test_ldlq.py``).
 
 The points table[s] are one of
 
 - ``1mad``: (sum of the four bytes of (34038481 s + 76625530) mod 2^32 - 510) / 147.8,
 - ``3inst``: the sum of two half-precision numbers whose sign, mantissa and lowest exponent bits are
-  bits of (89226354 s + 64248484) mod 2^32, the others those of 0.922,
+  bits of (89226354 s + 64248484) mod 2^32, xor those of 0.922,
 - ``random``: 2^L standard normal numbers of a fixed seed.
 
-Names: ``tcq`` (L = 10, 1mad), ``tcq-8``, ``tcq-12``, ``tcq-8-random``, ``tcq-10-3inst`` ...
-Gaussian MSE at 2 bits with 1mad: see ``tests/lplr_q/test_tcq.py``; the bound is 4^-bits.
+Names: ``tcq[-L][-table][-ROWSxCOLUMNS]``; ``tcq`` is L = 10, 1mad, 64 x 4.
 """
 
 from __future__ import annotations
@@ -25,13 +28,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lplr_q.codebooks.base import Codebook, require_bits
+from lplr_q.codebooks.base import Codebook, require_bits, row_groups
 from lplr_q.codebooks.trellis import circles, windows
 from lplr_q.constants import on_cpu
 from workbench.errors import ConfigError
 
+# input scale over the table's standard deviation: near the least Gaussian error for L = 8..12
+_SCALES = {1: 1.1, 2: 0.95, 3: 0.9, 4: 0.85}
 KINDS = ("1mad", "3inst", "random")
-_NAME = re.compile(r"tcq(?:-(\d+))?(?:-(1mad|3inst|random))?")
+_NAME = re.compile(r"tcq(?:-(\d+))?(?:-(1mad|3inst|random))?(?:-(\d+)x(\d+))?")
 
 
 def _hash(window: int, factor: int, shift: int) -> Int64[Tensor, " states"]:
@@ -77,84 +82,84 @@ class TrellisCodebook:
     the last are separate blocks.
     """
 
-    dim = 16
-    rows = 16
-
-    def __init__(self, name: str, bits: int, *, window: int, kind: str) -> None:
+    def __init__(
+        self, name: str, bits: int, *, window: int, kind: str, tile: tuple[int, int] = (64, 4)
+    ) -> None:
         require_bits(name, bits, (1, 2, 3, 4))
         if not 2 * bits <= window <= 16:
             raise ConfigError(
                 f"codebook {name}: states of {window} bits at {bits} bits per weight; "
                 f"choose {2 * bits} to 16"
             )
+        if min(tile) < 1 or tile[0] * tile[1] * bits < window:
+            raise ConfigError(f"codebook {name}: a tile of {tile[0]} x {tile[1]} is too small")
         self.name = name
         self.bits = float(bits)
         self.window = window
         self.kind = kind
+        self.rows, self.dim = tile
         self.streams: tuple[int, ...] = (bits,) * self.dim
-        spread = float(trellis_table(window, kind).double().std(correction=0))
-        self.opt_scale = 0.95 * spread
-
-    def _check(self, rows: int) -> None:
-        need = -(-self.window // int(self.bits))
-        if min(rows, self.rows) * self.dim < need:
-            raise ConfigError(
-                f"codebook {self.name}: a tile of {rows} x {self.dim} entries is shorter than "
-                f"the {need} symbols of a state"
-            )
+        self.opt_scale = _SCALES[bits] * float(trellis_table(window, kind).double().std())
 
     def _tiles(self, x: Tensor) -> list[Tensor]:
-        """(tiles, positions) of the whole tiles, then of the ragged one."""
-        m = x.shape[0]
-        whole = m - m % self.rows
-        parts = []
-        for piece, height in ((x[:whole], self.rows), (x[whole:], m - whole)):
-            if piece.numel():
-                split = piece.reshape(-1, height, *x.shape[1:])
-                parts.append(split.movedim(1, -2).reshape(-1, height * self.dim))
+        """(tiles, positions) of the tiles of each height."""
+        parts, low = [], 0
+        for count, height in row_groups(x.shape[0], self.rows):
+            piece = x[low : low + count * height]
+            split = piece.reshape(count, height, -1, self.dim).transpose(1, 2)
+            parts.append(split.reshape(-1, height * self.dim))
+            low += count * height
         return parts
 
-    def _untile(self, parts: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    def _untile(self, parts: list[Tensor], like: Tensor) -> Tensor:
         """Inverse of :meth:`_tiles`."""
         joined = []
-        for part in parts:
-            height = part.shape[1] // self.dim
-            split = part.reshape(-1, *shape[1:-1], height, self.dim)
-            joined.append(split.movedim(-2, 1).reshape(-1, *shape[1:]))
-        return torch.cat(joined) if joined else torch.empty(shape)
+        for part, (count, height) in zip(parts, row_groups(like.shape[0], self.rows), strict=True):
+            split = part.reshape(count, -1, height, self.dim).transpose(1, 2)
+            joined.append(split.reshape(count * height, *like.shape[1:]))
+        return torch.cat(joined) if joined else torch.empty_like(like)
 
-    def encode(self, x: Float[Tensor, "m *blocks 16"]) -> Int64[Tensor, "m *blocks 16"]:
-        """Symbols of a closed path near each tile."""
+    def encode(self, x: Float[Tensor, "m *blocks c"]) -> Int64[Tensor, "m *blocks c"]:
+        """Symbols of a closed path near each tile.
+
+        Raises:
+            ConfigError: too few rows to close a path.
+        """
         if x.ndim == 1:
             return self.encode(x[None])[0]
-        self._check(x.shape[0] % self.rows or self.rows)
+        bits = int(self.bits)
+        if x.shape[0] * self.dim * bits < self.window:
+            raise ConfigError(
+                f"codebook {self.name}: {x.shape[0]} x {self.dim} symbols of {bits} bits are "
+                f"shorter than a state of {self.window} bits; use more rows or tiles of 16 x 16"
+            )
         table = _table_on(self.window, self.kind, x.device)
-        parts = [circles(tile, table, int(self.bits)) for tile in self._tiles(x)]
-        return self._untile(parts, tuple(x.shape))
+        return self._untile([circles(tile, table, bits) for tile in self._tiles(x)], x)
 
-    def decode(self, codes: Int64[Tensor, "m *blocks 16"]) -> Float[Tensor, "m *blocks 16"]:
+    def decode(self, codes: Int64[Tensor, "m *blocks c"]) -> Float[Tensor, "m *blocks c"]:
         """Table lookup by the circular window of the last L bits."""
         if codes.ndim == 1:
             return self.decode(codes[None])[0]
         table = _table_on(self.window, self.kind, codes.device)
         states = [windows(tile, int(self.bits), self.window) for tile in self._tiles(codes)]
-        return self._untile([table[state] for state in states], tuple(codes.shape))
+        return self._untile([table[state] for state in states], codes)
 
 
-@lru_cache(maxsize=64)
-def parse_name(name: str) -> tuple[int, str]:
-    """(L, kind of table) of ``tcq[-L][-kind]``.
+def parse_name(name: str) -> tuple[int, str, tuple[int, int]]:
+    """(L, kind of table, tile) of ``tcq[-L][-kind][-RxC]``.
 
-    >>> parse_name("tcq"), parse_name("tcq-8-random")
-    ((10, '1mad'), (8, 'random'))
+    >>> parse_name("tcq"), parse_name("tcq-8-random-16x16")
+    ((10, '1mad', (64, 4)), (8, 'random', (16, 16)))
     """
     match = _NAME.fullmatch(name)
     if match is None:
-        raise ConfigError(f"codebook {name!r} is not of the form tcq[-L][-{'|'.join(KINDS)}]")
-    return int(match[1] or 10), match[2] or "1mad"
+        form = f"tcq[-L][-{'|'.join(KINDS)}][-ROWSxCOLUMNS]"
+        raise ConfigError(f"codebook {name!r} is not of the form {form}")
+    tile = (int(match[3]), int(match[4])) if match[3] else (64, 4)
+    return int(match[1] or 10), match[2] or "1mad", tile
 
 
 def trellis_codebook(name: str, bits: int) -> Codebook:
     """The trellis codebook of this name."""
-    window, kind = parse_name(name)
-    return TrellisCodebook(name, bits, window=window, kind=kind)
+    window, kind, tile = parse_name(name)
+    return TrellisCodebook(name, bits, window=window, kind=kind, tile=tile)

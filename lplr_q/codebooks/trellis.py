@@ -29,10 +29,10 @@ _CACHED_STATES = 1 << 17  # states of all tiles worked on at once: metric and co
 
 def windows(symbols: Int64[Tensor, "*batch T"], bits: int, window: int) -> Tensor:
     """States s_t of circles of symbols: the last ``window`` bits up to and with symbol t."""
-    span = -(-window // bits)
-    state = symbols
-    for back in range(1, span):
-        state = state | (symbols.roll(back, -1) << (bits * back))
+    have, state = 1, symbols.to(torch.int32)
+    while have * bits < window:
+        state = state | (state.roll(have, -1) << (bits * have))
+        have *= 2
     return state & ((1 << window) - 1)
 
 

@@ -10,7 +10,7 @@ error. With blocks of one column and reversed order this is GPTQ.
 
 Everything works on rows at once; the rounding is given as an object with ``bounds`` (columns of
 each block), ``quantise(target, k) -> (codes, points)`` and ``rows``, the number of rows that are
-rounded together (1 except for trellises, whose tiles span 16).
+rounded together (1 except for trellises, whose tiles span several).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lplr_q.codebooks.base import Codebook, decode_matrix, make_codebook, rows_of
+from lplr_q.codebooks.base import Codebook, decode_matrix, make_codebook, row_groups, rows_of
 from lplr_q.linalg.ldl import block_bounds
 
 
@@ -142,12 +142,15 @@ def reference_ldlq(
 
 
 def _sum_of_groups(change: Float[Tensor, " m"], rows: int) -> Float[Tensor, " m"]:
-    """Every entry replaced by the sum over its group of ``rows`` consecutive entries."""
+    """Every entry replaced by the sum over the rows it is coded with."""
     if rows == 1:
         return change
-    group = torch.arange(len(change), device=change.device) // rows
-    sums = change.new_zeros(-(-len(change) // rows)).index_add_(0, group, change)
-    return sums[group]
+    sums, low = [], 0
+    for count, height in row_groups(len(change), rows):
+        part = change[low : low + count * height].reshape(count, height)
+        sums.append(part.sum(1, keepdim=True).expand(count, height).reshape(-1))
+        low += count * height
+    return torch.cat(sums)
 
 
 def guarded_sweep(
