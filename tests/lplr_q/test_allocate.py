@@ -10,26 +10,30 @@ from hypothesis import strategies as st
 from lplr_q.activation_aware.decompose import decompose, prepare_hessian
 from lplr_q.allocate import (
     Allocation,
-    Choice,
-    Fit,
     Item,
     allocate,
-    available_widths,
     build_item,
+    read_allocation,
+    uniform_settings,
+)
+from lplr_q.bits import layer_bits
+from lplr_q.linalg.regression import cholesky_whitening, rank_constrained_regression
+from lplr_q.prediction import (
+    Choice,
+    Fit,
+    Survey,
+    available_widths,
     choices_for,
     distortion,
     fit_probes,
     predict,
     probes,
-    read_allocation,
     spectrum,
-    uniform_settings,
+    survey,
 )
-from lplr_q.bits import layer_bits
-from lplr_q.linalg.regression import cholesky_whitening, rank_constrained_regression
 from lplr_q.sensitivity import output_sensitivity
 from workbench.errors import ConfigError, DataError
-from workbench.storage import write_json
+from workbench.storage import load_tree, save_tree, write_json
 from workbench.tiny import tiny_model
 
 
@@ -198,22 +202,45 @@ def test_the_budget_is_used_to_within_one_percent():
     items = []
     for index in range(12):
         weight, hessian = problem(64, 64, seed=index, decay=0.3 + 0.05 * index)
-        items.append(build_item(f"l{index}", weight, prepared_for(hessian, 64), target=2.5))
+        items.append((f"l{index}", survey(weight, prepared_for(hessian, 64))))
     for target in (2.3, 2.5, 3.1, 4.0):
-        spent = allocate(items, target).bits_per_weight
+        found = [build_item(name, known, target=target) for name, known in items]
+        spent = allocate(found, target).bits_per_weight
         assert 0.99 * target <= spent <= target + 1e-9
 
 
 def test_the_important_layer_gets_the_bits():
     weight, hessian = problem(64, 64)
-    prepared = prepared_for(hessian, 64)
+    known = survey(weight, prepared_for(hessian, 64))
     items = [
-        build_item(name, weight, prepared, target=3.0, sensitivity=s)
+        build_item(name, known, target=3.0, sensitivity=s)
         for name, s in (("dull", 1e-6), ("sharp", 1.0))
     ]
     found = allocate(items, 3.0)
     assert found.modules["sharp"].bits > found.modules["dull"].bits
     assert found.cost < found.uniform_cost
+
+
+def test_a_survey_survives_storage(tmp_path):
+    weight, hessian = problem(32, 48)
+    prepared = prepared_for(hessian, 48)
+    asked = []
+
+    def measure(choice):
+        asked.append(choice)
+        return 0.1 * (5 - choice.q_bits)
+
+    found = survey(weight, prepared, measure)
+    assert len(asked) == 3
+    save_tree(tmp_path / "unit", found.to_tree())
+    again = Survey.from_tree(load_tree(tmp_path / "unit"))
+    first, second = (build_item("x", s, target=3.0, sensitivity=2.0) for s in (found, again))
+    assert [(c.entry(), c.bits, c.error2) for c in first.choices] == [
+        (c.entry(), c.bits, c.error2) for c in second.choices
+    ]
+    assert first.importance == second.importance == 2 * found.spectrum.energy
+    by_kind = {(c.q_bits, c.rank): c.error2 for c in first.choices}
+    assert by_kind[2, 0] == pytest.approx(0.09)  # what was measured is not predicted
 
 
 def test_nothing_and_too_little():
