@@ -17,15 +17,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lplr_q.finetuning import (
+    Comparison,
     Tuning,
-    before_after,
     concatenated,
-    curve_figure,
+    finish_perplexity,
+    load_original,
     load_student,
-    perplexities,
     save_tuned,
+    stored_bits,
     together,
     token_blocks,
+    tuning_groups,
 )
 from workbench.cli import cli
 from workbench.errors import ConfigError
@@ -90,28 +92,17 @@ def _tune(run: Run, e: Experiment) -> dict[str, Any]:
     import torch
 
     from lplr_q import distributed
-    from lplr_q.activation_aware.quantized_layer import set_mode
-    from lplr_q.hf import storage_report
     from lplr_q.trainable import make_trainable
     from lplr_q.tuning_loop import Job, fit
 
     student, tokenizer = load_student(run, SCRIPT, e)
-    teacher, _ = run.load_model(e.base_model, what="teacher")
-    teacher.requires_grad_(False)
+    teacher = load_original(run, e, "teacher")
     tokens, counted, validation = _rows_of(tokenizer, e)
-    texts = [
-        token_blocks(tokenizer, source, split="test", length=e.ctx_size,
-                     n=max(1, e.evaluation_tokens // e.ctx_size), seed=e.seed)
-        for source in e.evaluation
-    ]  # fmt: skip
-    stages = {}
+    comparison = Comparison(run, e, tokenizer, e.ctx_size)
     if distributed.rank() == 0:
-        stages["original"] = perplexities(run, "original", teacher, texts)
-        set_mode(student, "cached")
-        stages["compressed"] = perplexities(run, "compressed", student, texts)
-        set_mode(student, "dequant")
-        spent = storage_report(student.name_or_path)
-    groups = make_trainable(student, signs=e.train_signs, ft_rank=e.ft_rank)
+        comparison.judge("original", teacher, 16.0)
+        comparison.judge("compressed", student, stored_bits(student))
+    parameters = make_trainable(student, signs=e.train_signs, ft_rank=e.ft_rank)
     targets = Targets(run, e, teacher, tokens)
     training = torch.nonzero(~validation).flatten().tolist()
     judged = torch.nonzero(validation).flatten().tolist()
@@ -127,14 +118,9 @@ def _tune(run: Run, e: Experiment) -> dict[str, Any]:
         total = sum(float(loss_of(rows)) for rows in run.progress(batches, "validate"))
         return {"cross_entropy_nats": total / float(counted[judged].sum())}
 
-    rates = {"signs": (e.signs_learning_rate, 0.0), "factors": (e.learning_rate, e.weight_decay)}
     job = Job(
         module=student,
-        groups=[
-            {"params": groups[k], "lr": lr, "weight_decay": decay}
-            for k, (lr, decay) in rates.items()
-            if groups[k]
-        ],
+        groups=tuning_groups(e, parameters, signs=e.signs_learning_rate),
         weight_of=counted[training].sum(dim=1).float(),
         loss_sum=lambda rows: loss_of([training[i] for i in rows]),
         validate=validate,
@@ -142,13 +128,15 @@ def _tune(run: Run, e: Experiment) -> dict[str, Any]:
     progress = fit(run, e, job)
     if distributed.rank() > 0:
         return {}
-    about = {"base_model": e.base_model, "tuned": "signs" if e.train_signs else "factors"}
-    report = save_tuned(run, student, tokenizer, about)
-    tuned, _ = run.load_model(run.path("model"), what="tuned")
-    set_mode(tuned, "cached")
-    stages["tuned"] = perplexities(run, "tuned", tuned, texts)
-    bits = {"original": 16.0, "compressed": spent["bits_per_weight"]}
-    return _report(run, e, texts, stages, bits | {"tuned": report["bits_per_weight"]}, progress)
+    tuned = save_tuned(run, e, student, tokenizer)
+    comparison.judge("tuned", tuned, stored_bits(tuned))
+    label = "cross-entropy to the teacher (nats per token)"
+    return finish_perplexity(run, e, _what(e), comparison, progress, label)
+
+
+def _what(e: Experiment) -> str:
+    parts = ["signs"] if e.train_signs else []
+    return " and ".join([*parts, f"{e.ft_rank} components"] if e.ft_rank else parts)
 
 
 def _rows_of(tokenizer: Any, e: Experiment) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,45 +209,6 @@ def grouped_cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
     rest_p = (1 - p.sum(dim=-1)).clamp_min(0.0)
     rest_q = (1 - q.sum(dim=-1)).clamp_min(1e-6)
     return -(p * student).sum(dim=-1) - rest_p * torch.log(rest_q)
-
-
-def _report(
-    run: Run,
-    e: Experiment,
-    texts: list[Any],
-    stages: dict[str, Any],
-    bits: dict[str, float],
-    progress: Any,
-) -> dict[str, Any]:
-    rows = before_after(texts, stages, bits)
-    run.table(
-        "perplexity",
-        rows,
-        caption="Held-out perplexity: ratio to the original and change against the compressed "
-        "model, both paired over rows with 95 % intervals.",
-    )
-    curve_figure(run, progress, "cross-entropy to the teacher (nats per token)")
-    said = "; ".join(
-        f"{r['text']} {r['perplexity']:.3f} (x {r['change']:.3f} "
-        f"[{r['change_low']:.3f}, {r['change_high']:.3f}])"
-        for r in rows
-        if r["stage"] == "tuned"
-    )
-    what = "signs" if e.train_signs else f"{e.ft_rank} components"
-    if e.train_signs and e.ft_rank:
-        what = f"signs and {e.ft_rank} components"
-    curve = progress.curve
-    return run.finish(
-        {"rows": rows, "curve": curve, "bits": bits, "steps": curve[-1]["step"]},
-        title=f"Tuning {what} of {e.base_model} at {bits['compressed']:.2f} bits",
-        question="How much of what compression cost comes back without touching a code?",
-        summary=f"After tuning: {said}.",
-        headline={
-            f"perplexity after / before, {r['text']}": r["change"]
-            for r in rows
-            if r["stage"] == "tuned"
-        },
-    )
 
 
 if __name__ == "__main__":

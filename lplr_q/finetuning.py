@@ -29,8 +29,8 @@ BUILT_IN = ("microworld", "stdlib")
 class Tuning:
     """Settings of every fine-tuning script."""
 
-    base_model: str = "micro-mistral"
-    """The original: built-in name, local folder or hub id."""
+    base_model: str | None = None
+    """The original: built-in name, folder or hub id. Without model_save_path: micro-mistral."""
     model_save_path: str | None = None
     """Folder of the compressed model; without it the original is compressed here first."""
     bits: float = 2.5
@@ -99,6 +99,11 @@ class Tuning:
             raise ConfigError("expected warmup_ratio from 0 to 1 and weight_decay of at least 0")
 
     @property
+    def original(self) -> str | None:
+        """The model that was compressed, if it is known."""
+        return self.base_model or (None if self.model_save_path else "micro-mistral")
+
+    @property
     def rows_per_step(self) -> int:
         """Rows of one optimiser step."""
         return self.batch_size * self.gradient_accumulation_steps
@@ -138,7 +143,7 @@ def load_student(run: Run, script: str, e: Tuning) -> tuple[nn.Module, Any]:
         folder = leader_folder(script, e) / "compressed"
         if distributed.rank() == 0:
             model, tokenizer = _compress(run, e)
-            save_compressed(model, tokenizer, folder, notes={"model": e.base_model})
+            save_compressed(model, tokenizer, folder, notes={"model": e.original})
         distributed.barrier()
     model, tokenizer = run.load_model(e.model_save_path or folder, what="student")
     if e.gradient_checkpointing:
@@ -161,7 +166,8 @@ def _compress(run: Run, e: Tuning) -> tuple[Any, Any]:
         result_tree,
     )
 
-    model, tokenizer = run.load_model(e.base_model, what="base_model", dtype=None)
+    assert e.original is not None
+    model, tokenizer = run.load_model(e.original, what="base_model", dtype=None)
     settings = CompressionSettings(
         bits=e.bits, codebook=e.codebook, factor_bits=e.factor_bits, rounds=1, sweeps=1
     )
@@ -205,7 +211,7 @@ def _compress(run: Run, e: Tuning) -> tuple[Any, Any]:
 def token_blocks(
     tokenizer: Any, source: str | Path, *, split: str, length: int, n: int | None, seed: int = 0
 ) -> TextBlocks:
-    """``n`` rows (or all there are) of ``length`` tokens of a text source or file."""
+    """At most ``n`` rows of ``length`` tokens of a text source or file; None takes all."""
     import torch
 
     from lplr_q.eval_tasks import hub_rows
@@ -223,7 +229,7 @@ def token_blocks(
         texts = [row["text"] for row in rows if row["text"].strip()]
     else:
         texts = load_texts(source, n=100_000, split=split, seed=seed)
-    blocks = pack_blocks(tokenizer, texts, length, n)
+    blocks = pack_blocks(tokenizer, texts, length)[:n]
     return TextBlocks(str(source), blocks, torch.ones_like(blocks, dtype=torch.bool))
 
 
@@ -240,15 +246,69 @@ def concatenated(parts: list[TextBlocks]) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- afterwards
 
 
-def perplexities(run: Run, stage: str, model: Any, texts: list[TextBlocks]) -> dict[str, Any]:
-    """-ln p of every token of the held-out texts; one unit per stage."""
-    from lplr_q.evaluate import nats_by_source
+class Comparison:
+    """Perplexity of the original, the compressed and the tuned model on the same held-out texts."""
 
-    return run.once(f"perplexity/{stage}", lambda: nats_by_source(model, texts, batch_size=4))
+    def __init__(self, run: Run, e: Tuning, tokenizer: Any, length: int) -> None:
+        n = max(1, e.evaluation_tokens // length)
+        self.run = run
+        self.texts = [
+            token_blocks(tokenizer, source, split="test", length=length, n=n, seed=e.seed)
+            for source in e.evaluation
+        ]
+        self.stages: dict[str, dict[str, Any]] = {}
+        self.bits: dict[str, float] = {}
+
+    def judge(self, stage: str, model: Any, bits: float) -> None:
+        """One more stage; its loss per token is a unit of the run."""
+        from lplr_q.activation_aware.quantized_layer import set_mode
+        from lplr_q.evaluate import nats_by_source
+
+        set_mode(model, "cached")
+        self.bits[stage] = bits
+        self.stages[stage] = self.run.once(
+            f"perplexity/{stage}", lambda: nats_by_source(model, self.texts, batch_size=4)
+        )
+        set_mode(model, "dequant")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Ratio to the first stage and change against the compressed one, both paired over rows."""
+        from lplr_q.evaluate import perplexity_columns
+
+        rows = []
+        for text in self.texts:
+            first = next(iter(self.stages.values()))[text.name]
+            before = self.stages["compressed"][text.name]
+            for name, nats in self.stages.items():
+                row = {"text": text.name, "stage": name, "bits": self.bits[name]}
+                row |= perplexity_columns(text, nats[text.name], first)
+                change = perplexity_columns(text, nats[text.name], before)
+                row |= {k.replace("ratio", "change"): change[k] for k in _PAIRED}
+                rows.append(row)
+        return rows
 
 
-def save_tuned(run: Run, model: Any, tokenizer: Any, about: dict[str, Any]) -> dict[str, float]:
-    """``trained.safetensors`` and the whole model under ``model/``; what the latter takes."""
+_PAIRED = ("ratio", "ratio_low", "ratio_high")
+
+
+def stored_bits(model: Any) -> float:
+    """Bits per weight of a compressed model's linear layers, in memory as in the file."""
+    from lplr_q.activation_aware.quantized_layer import quantised_layers
+
+    layers = [layer.stored_bits() for _, layer in quantised_layers(model)]
+    return sum(b.total for b in layers) / sum(b.weights for b in layers)
+
+
+def load_original(run: Run, e: Tuning, what: str) -> Any:
+    """The frozen original."""
+    if e.original is None:
+        raise ConfigError("give --base-model: the original that the folder was compressed from")
+    model, _ = run.load_model(e.original, what=what)
+    return model.requires_grad_(False)
+
+
+def save_tuned(run: Run, e: Tuning, model: Any, tokenizer: Any) -> Any:
+    """``trained.safetensors`` and the whole model under ``model/``; the latter, loaded afresh."""
     from lplr_q.activation_aware.quantized_layer import merge_trained, quantised_layers
     from lplr_q.hf import save_compressed
 
@@ -258,32 +318,11 @@ def save_tuned(run: Run, model: Any, tokenizer: Any, about: dict[str, Any]) -> d
         for own, parameter in layer.named_parameters()
         if parameter.requires_grad
     }
-    run.save_tensors("trained.safetensors", tensors, {k: str(v) for k, v in about.items()})
+    about = {"base_model": str(e.original), "tuned_by": run.script}
+    run.save_tensors("trained.safetensors", tensors, about)
     merge_trained(model)
-    return save_compressed(model, tokenizer, run.path("model"), notes=about)
-
-
-def before_after(
-    texts: list[TextBlocks], stages: dict[str, dict[str, Any]], bits: dict[str, float]
-) -> list[dict[str, Any]]:
-    """Perplexity of every stage on every text: ratio to the original, change against the first
-    compressed stage, both paired."""
-    from lplr_q.evaluate import perplexity_columns
-
-    names = list(stages)
-    rows = []
-    for text in texts:
-        for name in names:
-            own, base = stages[name][text.name], stages[names[0]][text.name]
-            row = {"text": text.name, "stage": name, "bits": bits[name]}
-            row |= perplexity_columns(text, own, base)
-            change = perplexity_columns(text, own, stages[names[1]][text.name])
-            row |= {key.replace("ratio", "change"): change[key] for key in _PAIRED}
-            rows.append(row)
-    return rows
-
-
-_PAIRED = ("ratio", "ratio_low", "ratio_high")
+    save_compressed(model, tokenizer, run.path("model"), notes=about)
+    return run.load_model(run.path("model"), what="tuned")[0]
 
 
 def curve_figure(run: Run, progress: Progress, label: str) -> None:
@@ -296,3 +335,54 @@ def curve_figure(run: Run, progress: Progress, label: str) -> None:
     line_plot(axes, rows, x="step", y=name, xlabel="step", ylabel=label)
     said = "; ".join(f"step {r['step']:g}: {r[name]:.4f}" for r in rows)
     run.figure("validation", figure, rows, caption=f"Validation: {label}.", alt=f"{label}: {said}")
+
+
+def finish_perplexity(
+    run: Run, e: Tuning, what: str, comparison: Comparison, progress: Progress, label: str
+) -> dict[str, Any]:
+    """Table, figure and results of a run judged by perplexity."""
+    rows = comparison.rows()
+    run.table(
+        "perplexity",
+        rows,
+        caption="Held-out perplexity; ratio to the first row, change against the compressed model, "
+        "both paired over rows with 95 % intervals.",
+    )
+    curve_figure(run, progress, label)
+    tuned = [r for r in rows if r["stage"] == "tuned"]
+    said = "; ".join(
+        f"{r['text']} {r['perplexity']:.3f} (x {r['change']:.3f} "
+        f"[{r['change_low']:.3f}, {r['change_high']:.3f}])"
+        for r in tuned
+    )
+    bits, steps = comparison.bits, progress.curve[-1]["step"]
+    model = e.original or e.model_save_path
+    return run.finish(
+        {"rows": rows, "curve": progress.curve, "bits": bits, "steps": steps},
+        title=f"Tuning {what} of {model} at {bits['compressed']:.2f} bits",
+        question="How much of what compression cost comes back without touching a code?",
+        summary=f"Perplexity after tuning {what}: {said}.",
+        headline={f"perplexity after / before, {r['text']}": r["change"] for r in tuned},
+    )
+
+
+def language_model_nats(model: Any, ids: Tensor) -> Tensor:
+    """-ln p of every token after the first; (rows, length - 1), with gradient."""
+    from torch.nn.functional import cross_entropy
+
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    nats = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return nats.view(ids.shape[0], -1)
+
+
+def tuning_groups(e: Tuning, parameters: dict[str, list[Any]], **rates: float) -> list[Any]:
+    """AdamW groups: signs (and a head) without decay, factors with it; empty ones left out."""
+    return [
+        {
+            "params": listed,
+            "lr": rates.get(name, e.learning_rate),
+            "weight_decay": e.weight_decay if name == "factors" else 0.0,
+        }
+        for name, listed in parameters.items()
+        if listed
+    ]

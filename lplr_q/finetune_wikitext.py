@@ -1,0 +1,189 @@
+"""Train the 16-bit components of L and R as a language model on a text.
+
+    python -m lplr_q.finetune_wikitext
+    python -m lplr_q.finetune_wikitext --model-save-path COMPRESSED --dataset wikitext2
+    python -m lplr_q.finetune_wikitext --train-file train.jsonl --validation-file valid.txt
+
+Only the first --ft-rank components train; codes, signs, embeddings and norms stay. A file is .txt
+(passages), .jsonl, .json or .csv with a field `text`; without --validation-file the last tenth of
+--train-file is the validation set. The published settings are in
+configs/lplr_q/finetune_wikitext.paper.yaml.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lplr_q.finetuning import (
+    Comparison,
+    Tuning,
+    concatenated,
+    finish_perplexity,
+    language_model_nats,
+    load_original,
+    load_student,
+    save_tuned,
+    stored_bits,
+    together,
+    token_blocks,
+    tuning_groups,
+)
+from workbench.cli import cli
+from workbench.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lplr_q.evaluate import TextBlocks
+    from workbench.run import Run
+
+SCRIPT = "lplr_q.finetune_wikitext"
+
+
+@dataclass(frozen=True)
+class Experiment(Tuning):
+    """Which text, and for how long."""
+
+    dataset: str = "stdlib"
+    """wikitext2, a built-in text, a folder with split files, or a hub id."""
+    train_file: Path | None = None
+    """Training text instead of the data set's."""
+    validation_file: Path | None = None
+    """Validation text instead of the data set's."""
+    block_size: int = 256
+    """Tokens per row."""
+    train_rows: int | None = 256
+    """At most so many rows; None takes all of a finite text."""
+    validation_rows: int | None = 48
+    """At most so many rows of the validation set."""
+    train_signs: bool = False
+    """Train the signs as well."""
+    signs_learning_rate: float = 1e-4
+    """Of the signs."""
+    batch_size: int = 4
+    epochs: float = 2
+    learning_rate: float = 3e-4
+    weight_decay: float = 1e-3
+    warmup_ratio: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size < 2:
+            raise ConfigError(f"block_size={self.block_size}: expected at least 2")
+        if not self.ft_rank and not self.train_signs:
+            raise ConfigError("nothing to train: ft_rank=0 and no signs")
+        if self.validation_file is not None and self.train_file is None:
+            raise ConfigError("--validation-file without --train-file; give both")
+        for name in ("train_rows", "validation_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: expected at least 1")
+
+
+EXPERIMENT = Experiment()  # edit me
+
+
+def main(experiment: Experiment) -> dict[str, Any]:
+    """Tune; returns perplexity before and after."""
+    return together(SCRIPT, experiment, lambda run: _tune(run, experiment))
+
+
+def _tune(run: Run, e: Experiment) -> dict[str, Any]:
+    from lplr_q import distributed
+    from lplr_q.trainable import make_trainable
+    from lplr_q.tuning_loop import Job, fit
+
+    student, tokenizer = load_student(run, SCRIPT, e)
+    train, validation = _texts(tokenizer, e)
+    comparison = Comparison(run, e, tokenizer, e.block_size)
+    if distributed.rank() == 0:
+        if e.original is not None:
+            comparison.judge("original", load_original(run, e, "original"), 16.0)
+        comparison.judge("compressed", student, stored_bits(student))
+    rank = widest(student, e.ft_rank, run)
+    parameters = make_trainable(student, signs=e.train_signs, ft_rank=rank)
+    (tokens, counted), (held, held_counted) = concatenated([train]), concatenated([validation])
+
+    def loss_of(ids: Tensor, mask: Tensor) -> Tensor:
+        nats = language_model_nats(student, ids.to(run.device.device))
+        return (nats * mask.to(nats.device)).sum()
+
+    def validate() -> dict[str, float]:
+        starts = range(0, len(held), e.batch_size)
+        total = sum(
+            float(loss_of(held[i : i + e.batch_size], held_counted[i : i + e.batch_size]))
+            for i in run.progress(starts, "validate")
+        )
+        return {"loss_nats": total / float(held_counted.sum())}
+
+    job = Job(
+        module=student,
+        groups=tuning_groups(e, parameters, signs=e.signs_learning_rate),
+        weight_of=counted.sum(dim=1).float(),
+        loss_sum=lambda rows: loss_of(tokens[rows], counted[rows]),
+        validate=validate,
+    )
+    progress = fit(run, e, job)
+    if distributed.rank() > 0:
+        return {}
+    tuned = save_tuned(run, e, student, tokenizer)
+    comparison.judge("tuned", tuned, stored_bits(tuned))
+    what = f"{rank} components" + (" and signs" if e.train_signs else "")
+    return finish_perplexity(run, e, what, comparison, progress, "loss (nats per token)")
+
+
+def widest(student: Any, ft_rank: int, run: Run) -> int:
+    """``ft_rank``, or the largest rank of the model with a note if that is less.
+
+    Raises:
+        ConfigError: the model has no components at all.
+    """
+    from lplr_q.activation_aware.quantized_layer import quantised_layers
+
+    largest = max((layer.rank for _, layer in quantised_layers(student)), default=0)
+    if ft_rank and not largest:
+        raise ConfigError(
+            "the model was compressed without L and R (rank 0); compress with more bits, or train "
+            "the signs with lplr_q.finetune_rht"
+        )
+    if ft_rank > largest:
+        run.note(f"ft_rank={ft_rank}: the largest rank is {largest}, all components train")
+    return min(ft_rank, largest)
+
+
+def _texts(tokenizer: Any, e: Experiment) -> tuple[TextBlocks, TextBlocks]:
+    """Training and validation rows."""
+    train: str | Path = e.train_file or e.dataset
+    validation: str | Path = e.validation_file or (e.train_file or e.dataset)
+    if e.train_file is not None and e.validation_file is None:
+        return _split(tokenizer, e, e.train_file)
+    rows = token_blocks(
+        tokenizer, train, split="train", length=e.block_size, n=e.train_rows, seed=e.seed
+    )
+    held = token_blocks(
+        tokenizer, validation, split="validation", length=e.block_size, n=e.validation_rows
+    )
+    return rows, held
+
+
+def _split(tokenizer: Any, e: Experiment, path: Path) -> tuple[TextBlocks, TextBlocks]:
+    """One file in two: the last tenth of its rows is for validation."""
+    from lplr_q.evaluate import TextBlocks
+
+    both = token_blocks(tokenizer, path, split="train", length=e.block_size, n=None)
+    n = len(both.tokens)
+    if n < 2:
+        raise DataError(f"{path}: {n} rows of {e.block_size} tokens; at least 2 are needed")
+    cut = n - max(1, n // 10)
+    limit = cut if e.train_rows is None else min(cut, e.train_rows)
+    end = n if e.validation_rows is None else min(n, cut + e.validation_rows)
+    return (
+        TextBlocks(str(path), both.tokens[:limit], both.counted[:limit]),
+        TextBlocks(str(path), both.tokens[cut:end], both.counted[cut:end]),
+    )
+
+
+if __name__ == "__main__":
+    cli(main, EXPERIMENT)
