@@ -9,10 +9,9 @@ Glossary: ``n`` width, ``K`` order of the dense factor, ``Theta`` orthogonal n x
 
 Which Theta (recorded in the metadata of every compressed layer):
 
-* ``sylvester``  n = 2^a: fast Walsh-Hadamard butterflies;
+* ``sylvester``  n = 2^a: fast Walsh-Hadamard transform in stages of up to 32 values;
 * ``paley``      n = 2^i K with a Paley matrix of order K (type I, type II, or a Kronecker product
-of
-  two of them): butterflies and one K x K product;
+  of two of them): the same stages and one K x K product;
 * ``hartley``    every other width: the orthonormal discrete Hartley transform by FFT, whose entries
   are at most sqrt(2/n). It is a stated fallback: nothing is padded.
 """
@@ -21,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from lplr_q.constants import on_cpu
 from workbench.errors import ConfigError
+from workbench.integrations.kernels import fused_kernel
 
 
 @dataclass(frozen=True)
@@ -192,11 +193,15 @@ def hadamard_plan(n: int) -> HadamardPlan:
 
 @lru_cache(maxsize=64)
 def _dense_factor(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return paley_matrix(order).to(device=device, dtype=dtype)
+    normalised = paley_matrix(order).double() / math.sqrt(order)
+    return normalised.to(device=device, dtype=dtype)
 
 
 def _butterflies(x: Tensor, width: int) -> Tensor:
-    """Unnormalised Walsh-Hadamard transform over axis -2 of (..., width, K)."""
+    """Unnormalised Walsh-Hadamard transform over axis -2 of (..., width, K), one bit at a time.
+
+    The readable form; :func:`_stages` computes the same sixteen or thirty-two values at a time.
+    """
     shape = x.shape
     step = 1
     while step < width:
@@ -207,12 +212,121 @@ def _butterflies(x: Tensor, width: int) -> Tensor:
     return x.reshape(shape)
 
 
+def radices(width: int) -> tuple[int, ...]:
+    """Sizes of the stages of a transform of ``width`` = 2^a values, at most 32 each, outermost
+    first.
+
+    >>> radices(4096), radices(2048), radices(1)
+    ((16, 16, 16), (8, 16, 16), ())
+    """
+    exponent = width.bit_length() - 1
+    count = -(-exponent // 5)
+    small = exponent // max(count, 1)
+    larger = exponent - small * count
+    return tuple(2**small for _ in range(count - larger)) + (2 ** (small + 1),) * larger
+
+
+@lru_cache(maxsize=64)
+def _sylvester(width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    eye = torch.eye(width, dtype=torch.float64, device="cpu")
+    normalised = _butterflies(eye[..., None], width)[..., 0] / math.sqrt(width)
+    return normalised.to(device=device, dtype=dtype)
+
+
+def _factors(
+    plan: HadamardPlan, x: Tensor, *, inverse: bool
+) -> list[tuple[Float[Tensor, "r r"], int]]:
+    """(matrix, stride) of every stage, innermost first: H_n = H_r1 (x) H_r2 (x) .. (x) P_K."""
+    found, inner = [], 1
+    if plan.order > 1:
+        factor = _dense_factor(plan.order, x.device, x.dtype)
+        found.append((factor.T if inverse else factor, inner))
+        inner = plan.order
+    for radix in reversed(radices(plan.butterfly)):
+        found.append((_sylvester(radix, x.device, x.dtype), inner))
+        inner *= radix
+    return found
+
+
+def _stages(x: Tensor, factors: list[tuple[Tensor, int]]) -> Tensor:
+    """Transform of (rows, n): one small dense product per factor.
+
+    Products of 16 x 16 matrices run at the speed of a dense product, and all together cost
+    2 n (r1 + r2 + ..) operations instead of 2 n^2.
+    """
+    y = x
+    for matrix, inner in factors:
+        if inner == 1:
+            y = y.reshape(-1, len(matrix)) @ matrix.T
+        else:
+            y = torch.matmul(matrix, y.reshape(-1, len(matrix), inner))
+    return y.reshape(x.shape)
+
+
+def _stages_in_chunks(x: Tensor, factors: list[tuple[Tensor, int]], out: Tensor | None) -> Tensor:
+    """:func:`_stages` a few rows at a time, between two buffers that stay in the cache."""
+    rows = max(1, CHUNK // x.shape[1])
+    if out is None and (len(x) <= rows or not factors):
+        return _stages(x, factors)
+    x = x.contiguous()
+    out = torch.empty_like(x) if out is None else out
+    buffers = [torch.empty(rows * x.shape[1], dtype=x.dtype) for _ in range(2)]
+    for low in range(0, len(x), rows):
+        source = x[low : low + rows]
+        for k, (matrix, inner) in enumerate(factors):
+            final = out[low : low + rows].reshape(-1)
+            goal = final if k == len(factors) - 1 else buffers[k % 2][: source.numel()]
+            if inner == 1:
+                shape = (-1, len(matrix))
+                torch.mm(source.view(shape), matrix.T, out=goal.view(shape))
+            else:
+                shape = (-1, len(matrix), inner)
+                many = source.view(shape)
+                torch.bmm(matrix.expand(len(many), -1, -1), many, out=goal.view(shape))
+            source = goal
+    return out
+
+
+def _fused_stages(x: Tensor, plan: HadamardPlan, kernel: Callable, *, inverse: bool) -> Tensor:
+    """As :func:`_stages`, with the power-of-two part left to a fused kernel on the last axis."""
+    scale = plan.butterfly**-0.5
+    if plan.order == 1:
+        return kernel(x, scale)
+    factor = _dense_factor(plan.order, x.device, x.dtype)
+    y = x.reshape(len(x), plan.butterfly, plan.order) @ (factor if inverse else factor.T)
+    return kernel(y.transpose(1, 2).contiguous(), scale).transpose(1, 2).reshape(x.shape)
+
+
+CHUNK = 2**19
+"""Values transformed together on the CPU: the working set stays in the cache."""
+FUSED_LIMIT = 2**15
+"""Largest power of two the fused kernel takes."""
+
+
+def _by_device(x: Tensor, plan: HadamardPlan, out: Tensor | None, *, inverse: bool) -> Tensor:
+    """Transform of (rows, n) by the form that suits the device."""
+    compiling = torch.compiler.is_compiling()
+    if x.is_cuda and not compiling and 1 < plan.butterfly <= FUSED_LIMIT:
+        kernel, _ = fused_kernel("hadamard")
+        if kernel is not None and x.dtype == torch.float32:
+            return _fused_stages(x, plan, kernel, inverse=inverse)
+    factors = _factors(plan, x, inverse=inverse)
+    tracked = torch.is_grad_enabled() and x.requires_grad
+    if x.device.type == "cpu" and not compiling and not tracked:
+        return _stages_in_chunks(x, factors, out)
+    return _stages(x, factors)
+
+
 def hadamard_transform(
-    x: Float[Tensor, "*batch n"], *, inverse: bool = False
+    x: Float[Tensor, "*batch n"],
+    *,
+    inverse: bool = False,
+    out: Float[Tensor, "*batch n"] | None = None,
 ) -> Float[Tensor, "*batch n"]:
     """Theta x over the last axis (Theta^T x with ``inverse``), orthonormal, in O(n log n + n K).
 
-    Half precision is computed in float32 and returned in its own type; gradients flow.
+    Half precision is computed in float32 and returned in its own type; gradients flow. ``out``
+    (same shape and type, contiguous, not ``x`` itself) receives the result without new memory.
     """
     plan = hadamard_plan(x.shape[-1])
     dtype = x.dtype
@@ -220,13 +334,15 @@ def hadamard_transform(
         x = x.float()
     if plan.kind == "hartley":  # cas transform: symmetric and its own inverse
         spectrum = torch.fft.fft(x, norm="ortho")
-        return (spectrum.real - spectrum.imag).to(dtype)
-    y = x.reshape(*x.shape[:-1], plan.butterfly, plan.order)
-    if plan.order > 1:
-        factor = _dense_factor(plan.order, x.device, x.dtype)
-        y = y @ (factor if inverse else factor.T)
-    y = _butterflies(y, plan.butterfly)
-    return (y.reshape(x.shape) / math.sqrt(plan.n)).to(dtype)
+        y = (spectrum.real - spectrum.imag).to(dtype)
+        return y if out is None else out.copy_(y)
+    direct = out is not None and out.dtype == x.dtype and out.is_contiguous()
+    place = out.view(-1, plan.n) if out is not None and direct else None
+    y = _by_device(x.reshape(-1, plan.n), plan, place, inverse=inverse)
+    y = y.reshape(x.shape).to(dtype)
+    if out is None or y.data_ptr() == out.data_ptr():
+        return y
+    return out.copy_(y)
 
 
 def dense_hadamard(n: int, dtype: torch.dtype = torch.float64) -> Float[Tensor, "n n"]:
