@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from lplr_q.baselines import GroupGrid, gptq, min_max_grid, round_to_nearest
 from lplr_q.codebooks.base import make_codebook
+from lplr_q.linalg.hadamard import rotate_hessian, rotate_weight
 from lplr_q.linalg.ldl import block_bounds, block_ldl, regularise
 from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep, ldlq, reference_ldlq, weighted_loss
+from lplr_q.reference_problem import reference_problem
 from workbench.errors import ConfigError, DataError
 
 
@@ -177,6 +179,116 @@ def test_weighted_loss_is_the_trace():
     assert weighted_loss(error, hessian) == pytest.approx(
         float(torch.trace(error @ hessian @ error.T)), rel=1e-12
     )
+
+
+# ---------------------------------------------------------------- trellises, and every codebook
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    st.integers(3, 80), st.integers(1, 4), st.sampled_from(["tcq-8-16x16", "tcq-8-8x4"]),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_trellis_blocks_and_their_sweeps(m, bits, name, seed):
+    """Loss identity, decoding, and sweeps that a whole tile takes or leaves."""
+    book = make_codebook(name, bits)
+    n = 2 * book.dim + 1
+    weight, hessian = problem(m, n, seed)
+    factors = block_ldl(hessian, book.dim)
+    blocks = CodebookBlocks(book, n)
+    codes, points = ldlq(weight, factors.lower, blocks, buffer=16)
+    assert [tuple(c.shape) for c in codes] == [(m, book.dim), (m, book.dim), (m, 1)]
+    torch.testing.assert_close(blocks.decode(codes).double(), points, rtol=0, atol=1e-5)
+    plain, _ = reference_ldlq(weight, factors.lower, blocks)
+    assert all(torch.equal(a, b) for a, b in zip(codes, plain, strict=True))
+    before = weighted_loss(weight - points, hessian)
+    codes, points = guarded_sweep(weight, hessian, blocks, codes, points, buffer=16)
+    torch.testing.assert_close(blocks.decode(codes).double(), points, rtol=0, atol=1e-5)
+    assert weighted_loss(weight - points, hessian) <= before * (1 + 1e-9)
+
+
+def test_tiles_do_not_see_each_other():
+    weight, hessian = problem(24, 16)
+    lower = block_ldl(hessian, 4).lower
+    blocks = CodebookBlocks(make_codebook("tcq-8-8x4", 2), 16)
+    _, points = ldlq(weight, lower, blocks)
+    order = torch.tensor([2, 0, 1])
+    tiles = weight.reshape(3, 8, 16)[order].reshape(24, 16)
+    _, moved = ldlq(tiles, lower, blocks)
+    assert torch.equal(points.reshape(3, 8, 16)[order].reshape(24, 16), moved)
+
+
+@pytest.fixture(scope="module")
+def rotated_problem():
+    """The reference problem after a Hadamard rotation, unit rms, and tr(W H W^T)."""
+    weight, hessian = reference_problem()
+    generator = torch.Generator().manual_seed(0)
+    signs_in, signs_out = (
+        (torch.randint(0, 2, (512,), generator=generator) * 2 - 1).to(torch.int8) for _ in range(2)
+    )
+    weight = rotate_weight(weight, signs_out, signs_in)
+    weight = weight / weight.square().mean().sqrt()
+    hessian = rotate_hessian(hessian.double(), signs_in).float()
+    return weight, hessian, weighted_loss(weight, hessian)
+
+
+@pytest.mark.parametrize(
+    ("name", "multiplier", "after_ldlq", "after_sweep"),
+    [
+        ("lloyd-max", 1.0, 0.1965, None),
+        ("e8p", 1.0, 0.1775, 0.1710),
+        ("tcq-8-16x16", 0.95, 0.1678, 0.1643),
+        ("tcq-16x16", 0.95, 0.1583, 0.1561),
+        ("tcq-8", 0.95, 0.1621, 0.1605),
+        ("tcq", 0.95, 0.1532, 0.1523),
+        pytest.param("tcq-12", 0.95, 0.1502, 0.1495, marks=pytest.mark.slow),
+    ],
+)
+def test_errors_on_the_reference_problem(
+    rotated_problem, name, multiplier, after_ldlq, after_sweep
+):
+    """Relative error e of 2-bit LDLQ after the rotation, and after one guarded sweep."""
+    weight, hessian, total = rotated_problem
+    book = make_codebook(name, 2)
+    blocks = CodebookBlocks(book, 512, multiplier=multiplier)
+    codes, points = ldlq(weight, block_ldl(hessian, book.dim).lower, blocks)
+    error = (weighted_loss(weight - points, hessian) / total) ** 0.5
+    assert error == pytest.approx(after_ldlq, rel=0.01)
+    if after_sweep is not None:
+        _, points = guarded_sweep(weight, hessian, blocks, codes, points)
+        error = (weighted_loss(weight - points, hessian) / total) ** 0.5
+        assert error == pytest.approx(after_sweep, rel=0.01)
+
+
+def water_filling(eigenvalues, bits):
+    """Least relative e^2 at this rate for i.i.d. Gaussian rows: sum min(theta, l_i) / sum l_i."""
+    low, high = 0.0, float(eigenvalues.max())
+    for _ in range(200):
+        theta = (low + high) / 2
+        rate = 0.5 * float(torch.log2(eigenvalues / theta).clamp_min(0).mean())
+        low, high = (theta, high) if rate > bits else (low, theta)
+    return float(eigenvalues.clamp_max(theta).sum() / eigenvalues.sum())
+
+
+def test_water_filling_in_two_cases_done_by_hand():
+    assert water_filling(torch.ones(7).double(), 2) == pytest.approx(4.0**-2)
+    # rates 1 1/2 and 1/2 for variances 4 and 1: theta = 1/2
+    assert water_filling(torch.tensor([4.0, 1.0]).double(), 1.0) == pytest.approx(1.0 / 5)
+
+
+@pytest.mark.parametrize("name", ["e8p", "lloyd-max", "tcq", "tcq-8", "tcq-8-random-16x16"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_codebook_is_under_the_information_bound(name, bits):
+    """P14: below reverse water-filling, bits would be miscounted."""
+    weight, hessian = problem(128, 64, seed=3)
+    book = make_codebook(name, bits)
+    blocks = CodebookBlocks(book, 64)
+    codes, points = ldlq(weight, block_ldl(hessian, book.dim).lower, blocks)
+    for _ in range(2):
+        codes, points = guarded_sweep(weight, hessian, blocks, codes, points)
+    found = weighted_loss(weight - points, hessian) / weighted_loss(weight, hessian)
+    bound = water_filling(torch.linalg.eigvalsh(hessian), bits)
+    assert bound < found < 3.5 * bound
 
 
 # ---------------------------------------------------------------- rounding grids

@@ -1,9 +1,6 @@
 """Trellises: the Viterbi forms agree, circles close, reference errors, ragged shapes."""
 
-import os
 import stat
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ from lplr_q.codebooks import trellis
 from lplr_q.codebooks.base import CODEBOOKS, Codebook, make_codebook, row_groups
 from lplr_q.codebooks.tcq import parse_name, trellis_table
 from lplr_q.codebooks.trellis import circles, reference_circle, torch_circles, windows
-from tests.conftest import ROOT
 from workbench.errors import ConfigError
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason=native.status())
@@ -123,12 +119,12 @@ def test_gaussian_error_of_large_trellises(window, bits, scale, value, tolerance
 
 
 def test_closing_the_circle_costs_little():
-    x, table = gaussian(64, 256, seed=2), trellis_table(8, "1mad")
-    x = 0.97 * x / x.square().mean().sqrt()
+    x, table = gaussian(160, 256, seed=3), trellis_table(8, "1mad")
+    x = 0.95 * x / x.square().mean().sqrt()
     free = table[trellis._Survivors(table, 2).run(x, None)]
     closed = table[windows(circles(x, table, 2), 2, 8)]
-    open_error, closed_error = ((v - x).square().mean() / 0.97**2 for v in (free, closed))
-    assert float(open_error) == pytest.approx(0.083, abs=0.002)
+    open_error, closed_error = ((v - x).square().mean() / 0.95**2 for v in (free, closed))
+    assert float(open_error) == pytest.approx(0.0847, abs=0.001)
     assert 1 < float(closed_error / open_error) < 1.04
 
 
@@ -176,9 +172,12 @@ def test_without_compiler_or_switched_off_torch_does_it(monkeypatch):
     assert torch.equal(circles(x, table, 2), torch_circles(x, table, 2))
 
 
-@pytest.mark.parametrize("problem", ["none", "fails", "folder"])
-def test_every_way_a_compiler_can_fail_is_one_line(tmp_path, problem):
-    """In a process of its own: a compiler that is missing, one that fails, an unwritable cache."""
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [("none", "no C compiler"), ("fails", "cc failed: no headers"), ("folder", "Error")],
+)
+def test_every_way_a_compiler_can_fail_is_one_line(tmp_path, monkeypatch, problem, expected):
+    """A compiler that is missing, one that fails, a cache folder that cannot be made."""
     binaries = tmp_path / "bin"
     binaries.mkdir()
     if problem != "none":
@@ -189,18 +188,23 @@ def test_every_way_a_compiler_can_fail_is_one_line(tmp_path, problem):
     cache = tmp_path / "cache"
     if problem == "folder":
         cache.write_text("a file, not a folder", encoding="utf-8")
-    environment = {**os.environ, "PATH": str(binaries), "XDG_CACHE_HOME": str(cache), "CC": ""}
-    environment.pop("FIVEFOLD_NATIVE", None)
-    code = "from lplr_q import native; print(native.library(), native.status())"
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
-    expected = {"none": "no C compiler", "fails": "cc failed: no headers", "folder": "Error"}
-    assert found.stdout.startswith("None C kernels of lplr_q: ")
-    assert expected[problem] in found.stdout
-    assert "torch" in found.stdout
-    assert len(found.stdout.splitlines()) == 1
+    monkeypatch.setenv("PATH", str(binaries))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.delenv("CC", raising=False)
+    found, reason = native.load.__wrapped__(native._SOURCE)
+    assert found is None
+    assert expected in reason
+    assert len(reason.splitlines()) == 1
+
+
+@needs_compiler
+def test_the_library_is_compiled_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.load.__wrapped__(native._SOURCE)[0] is not None
+    (built,) = (tmp_path / "fivefold" / "native").iterdir()
+    before = built.stat().st_mtime_ns
+    assert native.load.__wrapped__(native._SOURCE)[0] is not None
+    assert [(p, p.stat().st_mtime_ns) for p in built.parent.iterdir()] == [(built, before)]
 
 
 # ------------------------------------------------------------------------------ the codebook
