@@ -46,6 +46,11 @@ class Experiment:
     """Bits of L and R over those of naive quantisation."""
     sketch: str = "gaussian"
     """gaussian, sparse or srht."""
+    power_iterations: int = 0
+    """Power iterations of the sketch: more work, and closer to the SVD where the singular values
+    fall slowly."""
+    affine: bool = True
+    """Fit a scale and an offset to every result (64 bits; LPLR-Q has scales of its own)."""
     image: Path | None = None
     """PNG file; none means the Shepp-Logan phantom."""
     size: int = 256
@@ -58,7 +63,7 @@ class Experiment:
     """Text whose hidden states are compressed: built-in, file or data set."""
     stored: int = 2000
     """Stored vectors."""
-    queries: int = 500
+    queries: int = 1000
     """Vectors that ask for their neighbours."""
     k: int = 10
     """Neighbours asked for, and votes."""
@@ -94,6 +99,8 @@ class Experiment:
         for name in ("size", "stored", "queries", "k", "width", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; expected at least 1")
+        if self.power_iterations < 0:
+            raise ConfigError(f"power_iterations={self.power_iterations}; expected 0 or more")
         if not self.ratio > 0:
             raise ConfigError(f"ratio={self.ratio}; expected a positive number, e.g. 1")
         if self.k > self.stored:
@@ -108,7 +115,14 @@ class Experiment:
     def settings(self, bits: int) -> dict[str, Any]:
         """Arguments of the budget for one width of L."""
         right = self.bits_right or bits
-        return {"bits": bits, "bits_right": right, "ratio": self.ratio, "sketch": self.sketch}
+        return {
+            "bits": bits,
+            "bits_right": right,
+            "ratio": self.ratio,
+            "sketch": self.sketch,
+            "power_iterations": self.power_iterations,
+            "affine": self.affine,
+        }
 
 
 EXPERIMENT = Experiment()  # edit me
@@ -247,8 +261,8 @@ def run_neighbours(run: Run, experiment: Experiment) -> tuple[dict[str, Any], st
         "neighbours",
         figures.neighbour_figure(rows, experiment.k),
         rows,
-        caption=f"Neighbours found among compressed vectors; n = {experiment.queries} queries, "
-        "bands: 95 % intervals.",
+        caption=f"Neighbours found among compressed vectors; n = {experiment.queries} queries; "
+        "95 % intervals of the accuracy are in the table.",
         alt=f"Recall and accuracy by bits per entry. {words}.",
     )
     values = {
@@ -361,6 +375,7 @@ def run_curve(run: Run, experiment: Experiment) -> tuple[dict[str, Any], str]:
             bits=bits,
             bits_right=experiment.bits_right or bits,
             sketch=experiment.sketch,
+            power_iterations=experiment.power_iterations,
             repeats=experiment.repeats,
             stream=stream_of(run),
         )

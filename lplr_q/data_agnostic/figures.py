@@ -12,6 +12,25 @@ from lplr_q.data_agnostic.budget import TITLES
 Row = Mapping[str, Any]
 
 
+def shared_legend(figure: Any, panels: Sequence[Any]) -> None:
+    """One legend beneath all panels, where no line lies under it."""
+    from workbench.plots import INK, TEXT_POINTS
+
+    handles, names = panels[0].get_legend_handles_labels()
+    for panel in panels:
+        if panel.get_legend() is not None:
+            panel.get_legend().remove()
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=min(len(names), 3 if len(panels) == 1 else 6),
+        fontsize=TEXT_POINTS - 0.5,
+        labelcolor=INK,
+        frameon=False,
+    )
+
+
 def picture_figure(
     original: Tensor, pictures: Mapping[int, Mapping[str, Tensor]], rows: Sequence[Row]
 ) -> Any:
@@ -64,6 +83,7 @@ def image_figure(rows: Sequence[Row]) -> Any:
         xlabel="stored bits per pixel",
         ylabel="PSNR, dB",
     )
+    shared_legend(figure, [axes])
     return figure
 
 
@@ -92,8 +112,6 @@ def neighbour_figure(rows: Sequence[Row], k: int) -> Any:
             drawn,
             x="naive_bits",
             y="accuracy",
-            low="accuracy_low",
-            high="accuracy_high",
             series="method",
             xlabel="bits per entry",
             ylabel=f"accuracy of the vote of {k}",
@@ -101,6 +119,7 @@ def neighbour_figure(rows: Sequence[Row], k: int) -> Any:
         )
         for panel in column:
             panel.set_xticks(sorted({row["naive_bits"] for row in drawn}))
+    shared_legend(figure, list(axes.flat))
     return figure
 
 
@@ -130,6 +149,7 @@ def layer_figure(summary: Sequence[Row]) -> Any:
             log="y",
         )
         panel.set_xticks(sorted(plain))
+    shared_legend(figure, panels)
     return figure
 
 
@@ -153,4 +173,5 @@ def curve_figure(rows: Sequence[Row]) -> Any:
             ylabel=label,
             log="xy",
         )
+    shared_legend(figure, list(axes))
     return figure

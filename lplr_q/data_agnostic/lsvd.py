@@ -24,6 +24,7 @@ def compress_lsvd(
     bits: int = 8,
     bits_right: int | None = None,
     mix: bool = True,
+    damped: bool = True,
     rounding: Rounding = "nearest",
     affine: bool = False,
     generator: torch.Generator | None = None,
@@ -45,6 +46,7 @@ def compress_lsvd(
         columns,
         bits=bits,
         bits_right=bits if bits_right is None else bits_right,
+        damped=damped,
         rounding=rounding,
         generator=generator,
     )

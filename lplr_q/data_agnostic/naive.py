@@ -15,7 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lplr_q.data_agnostic.compressed import CompressedMatrix, Term, UniformCodes, check_matrix
+from lplr_q.data_agnostic.compressed import (
+    CompressedMatrix,
+    Term,
+    UniformCodes,
+    check_matrix,
+    fit_affine,
+)
 from workbench.errors import ConfigError
 
 Rounding = Literal["nearest", "stochastic"]
@@ -57,9 +63,11 @@ def compress_naive(
     *,
     bits: int,
     rounding: Rounding = "nearest",
+    affine: bool = False,
     generator: torch.Generator | None = None,
 ) -> CompressedMatrix:
     """Every entry rounded on its own: the baseline of the budget (NQ)."""
     check_matrix(matrix)
     codes = quantise_uniform(matrix, bits, rounding=rounding, generator=generator)
-    return CompressedMatrix("naive", (matrix.shape[0], matrix.shape[1]), (Term(None, codes),))
+    made = CompressedMatrix("naive", (matrix.shape[0], matrix.shape[1]), (Term(None, codes),))
+    return fit_affine(matrix, made) if affine else made

@@ -40,10 +40,14 @@ def budgeted(
     ratio: float,
     generator: torch.Generator,
     sketch: str = "gaussian",
+    power_iterations: int = 0,
+    affine: bool = False,
     side: str = "columns",
 ) -> Result:
-    """A method at a budget, with the one sketch option of those that sketch."""
-    options = {"sketch": sketch} if method in ("lplr", "iterative") else {}
+    """A method at a budget, with those of the options that it has."""
+    options: dict[str, Any] = {} if method == "lplr-q" else {"affine": affine}
+    if method in ("lplr", "iterative"):
+        options |= {"sketch": sketch, "power_iterations": power_iterations}
     if method in METHODS:
         options["side"] = side
     return compress_to_budget(
@@ -267,14 +271,17 @@ def curve_rows(
     rank: int,
     bits: int,
     bits_right: int,
-    sketch: str,
-    repeats: int,
+    sketch: str = "gaussian",
+    power_iterations: int = 0,
+    repeats: int = 1,
     stream: Stream,
 ) -> list[Row]:
     """Relative error and seconds of every low-rank method at one rank."""
     rows = []
     for method in (m for m in methods if m in METHODS):
-        options: dict[str, Any] = {"sketch": sketch} if method in ("lplr", "iterative") else {}
+        options: dict[str, Any] = {}
+        if method in ("lplr", "iterative"):
+            options = {"sketch": sketch, "power_iterations": power_iterations}
 
         def run(method: str = method, options: Mapping[str, Any] = options) -> Any:
             return METHODS[method](
