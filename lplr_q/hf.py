@@ -2,7 +2,9 @@
 models.
 
 After ``import lplr_q`` a folder written by :func:`save_compressed` loads with plain
-``AutoModelForCausalLM.from_pretrained(folder)``; no base model is needed.
+``AutoModelForCausalLM.from_pretrained(folder)``; no base model is needed. Layers of GPT-2 (Conv1D,
+weight transposed) become ordinary compressed layers; experts that transformers fuses into one
+parameter are taken apart first, in the file and in the loaded model alike.
 """
 
 from __future__ import annotations
@@ -13,6 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lplr_q.activation_aware.discovery import (
+    UnfusedExperts,
+    is_linear,
+    linear_shape,
+    unfuse_experts,
+    unfused_names,
+)
 from lplr_q.activation_aware.quantized_layer import LPLRQuantizedLinear, quantised_layers
 from workbench import storage
 from workbench.errors import ConfigError, DataError
@@ -21,25 +30,53 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METHOD = "lplr_q"
-VERSION = 1
+VERSION = 2
+"""Of the format; 2 added trained parts, rescaling and trellises. Older ones are read."""
+
+SHARD_SIZE = "5GB"
 
 
-def replace_linears(model: nn.Module, modules: dict[str, dict[str, Any]]) -> None:
+def replace_linears(
+    model: nn.Module, modules: dict[str, dict[str, Any]], experts: list[str] | None = None
+) -> None:
     """Put an empty compressed layer in the place of every named linear.
 
+    Args:
+        model: changed in place; fused experts that hold named linears, and those named in
+            ``experts``, are taken apart.
+        modules: settings of every compressed layer by name.
+        experts: modules that were saved with their experts apart.
+
     Raises:
-        DataError: a name that is no linear of this model, or of another shape.
+        DataError: a name that is no linear of this model, or of another shape; a model that is
+            compressed already.
     """
+    apart = sorted({*unfused_names(modules), *(experts or [])})
+    if apart:
+        unfuse_experts(model, apart)
     for name, settings in modules.items():
         try:
-            old = model.get_submodule(name)
+            old: Any = model.get_submodule(name)
         except AttributeError:
             raise DataError(f"{name} is compressed in the file but not in this model") from None
+        if isinstance(old, LPLRQuantizedLinear):
+            raise DataError(f"{name} is compressed already; start from the original model")
         shape = (settings["in_features"], settings["out_features"])
-        if not isinstance(old, nn.Linear) or (old.in_features, old.out_features) != shape:
+        if not is_linear(old) or linear_shape(old)[::-1] != shape:
             raise DataError(f"{name}: the file holds a {shape} linear layer, the model {old}")
         new = LPLRQuantizedLinear.from_settings(settings, dtype=old.weight.dtype)
         _replace(model, name, new)
+
+
+def require_uncompressed(model: nn.Module) -> None:
+    """Raise ConfigError when the model holds compressed layers, or was quantised otherwise."""
+    name = next((name for name, _ in quantised_layers(model)), None)
+    if name is not None:
+        raise ConfigError(f"{name} is compressed already; compress the original model")
+    other = getattr(getattr(model, "config", None), "quantization_config", None)
+    if other is not None:
+        kind = other.get("quant_method") if isinstance(other, dict) else other.quant_method
+        raise ConfigError(f"the model is quantised already ({kind}); compress the original model")
 
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -66,6 +103,7 @@ def register() -> None:
             self.quant_method: Any = METHOD
             self.version = version
             self.modules = modules
+            self.experts: list[str] = list(others.get("experts", []))
             self.notes = others.get("notes", {})
             if version > VERSION:
                 raise DataError(
@@ -81,7 +119,8 @@ def register() -> None:
 
         def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
             with torch.device("meta"):
-                replace_linears(model, self.quantization_config.modules)
+                config = self.quantization_config
+                replace_linears(model, config.modules, config.experts)
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -95,16 +134,38 @@ def register() -> None:
 
         @property
         def is_trainable(self) -> Any:
-            """The codes do not train."""
-            return False
+            """Adapters, signs and the released components train; the codes do not."""
+            return True
 
 
 def exact_dtype(model: nn.Module) -> torch.dtype:
-    """The narrowest of float16, bfloat16, float32 that holds every parameter exactly."""
+    """The narrowest of float16, bfloat16, float32 that holds every parameter exactly.
+
+    Parameters inside compressed layers have a type of their own (:func:`own_parameters`).
+    """
+    apart = own_parameters(model)
+    others = [p for name, p in model.named_parameters() if name not in apart]
     for dtype in (torch.float16, torch.bfloat16):
-        if all(bool((p == p.to(dtype).to(p.dtype)).all()) for p in model.parameters()):
+        if all(bool((p == p.to(dtype).to(p.dtype)).all()) for p in others):
             return dtype
     return torch.float32
+
+
+def own_parameters(model: nn.Module) -> set[str]:
+    """Names of the components that are parameters of compressed layers, bfloat16 in the file.
+
+    Raises:
+        ConfigError: a layer is still being trained.
+    """
+    names: set[str] = set()
+    for name, layer in quantised_layers(model):
+        for leaf, parameter in layer.named_parameters():
+            if leaf == "bias":
+                continue
+            if parameter.dtype != torch.bfloat16:
+                raise ConfigError(f"{name}.{leaf} is in training; call merge_trained(model) first")
+            names.add(f"{name}.{leaf}")
+    return names
 
 
 def compression_config(model: nn.Module, notes: dict[str, Any] | None = None) -> Any:
@@ -119,7 +180,9 @@ def compression_config(model: nn.Module, notes: dict[str, Any] | None = None) ->
     modules = {name: layer.settings() for name, layer in quantised_layers(model)}
     if not modules:
         raise ConfigError(f"{type(model).__name__} holds no compressed layer; compress it first")
-    return auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD](modules=modules, notes=notes or {})
+    experts = [name for name, m in model.named_modules() if isinstance(m, UnfusedExperts)]
+    build = auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD]
+    return build(modules=modules, experts=experts, notes=notes or {})
 
 
 CARD = """---
@@ -144,22 +207,36 @@ def save_compressed(
     folder: Path | str,
     *,
     notes: dict[str, Any] | None = None,
+    max_shard_size: int | str = SHARD_SIZE,
 ) -> dict[str, float]:
     """Write config, weights, tokenizer and model card; everything that is not compressed is stored
     too.
 
+    Args:
+        model: with compressed layers, none in training.
+        tokenizer: saved beside it.
+        folder: receives the files.
+        notes: go into the configuration as they are.
+        max_shard_size: of each weight file, as in ``save_pretrained``.
+
     Returns what the file takes: see :func:`storage_report`.
+
+    Raises:
+        ConfigError: no compressed layer, or one in training.
     """
     folder = Path(folder)
     model.config.quantization_config = compression_config(model, notes)
-    dtype = exact_dtype(model)
+    dtype, apart = exact_dtype(model), own_parameters(model)
     kept = {name: p.data for name, p in model.named_parameters()}
     config_dtype = model.config.dtype
     try:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+        for name, parameter in model.named_parameters():
+            if name not in apart:
+                parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
-        model.save_pretrained(folder)
+        model.save_pretrained(
+            folder, max_shard_size=max_shard_size, save_original_format=not _experts(model)
+        )
         for path in folder.glob("*.safetensors"):
             storage.write_safetensors(path, storage.read_safetensors(path), {"format": "pt"})
     finally:
@@ -172,6 +249,10 @@ def save_compressed(
     card = CARD.format(bits=report["bits_per_weight"])
     storage.write_text(folder / "README.md", card)
     return report
+
+
+def _experts(model: nn.Module) -> bool:
+    return any(isinstance(module, UnfusedExperts) for module in model.modules())
 
 
 def storage_report(folder: Path | str) -> dict[str, float]:

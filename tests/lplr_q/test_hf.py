@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lplr_q.activation_aware.discovery import linear_weight, unfuse_experts
 from lplr_q.activation_aware.hessian import collect_hessians
 from lplr_q.activation_aware.quantized_layer import LPLRQuantizedLinear, quantised_layers
-from lplr_q.hf import save_compressed, storage_report
+from lplr_q.hf import replace_linears, require_uncompressed, save_compressed, storage_report
 from lplr_q.quantize_model import (
     CompressionSettings,
     candidates,
@@ -21,7 +22,7 @@ from lplr_q.quantize_model import (
 from workbench.errors import ConfigError, DataError
 from workbench.models import load_model
 from workbench.seeding import Streams
-from workbench.tiny import byte_tokenizer, tiny_model
+from workbench.tiny import FAMILIES, byte_tokenizer, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = torch.randint(3, 200, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -29,12 +30,16 @@ SETTINGS = CompressionSettings(bits=2.8, rounds=1, inner_iterations=1, sweeps=0,
 
 
 def compress(family, settings=SETTINGS, **overrides):
-    model = tiny_model(family, **overrides)
+    return compress_model(tiny_model(family, **overrides), settings)
+
+
+def compress_model(model, settings=SETTINGS):
+    unfuse_experts(model)
     calibration = collect_hessians(model, TOKENS)
     compressed = copy.deepcopy(model)
     streams = Streams(0)
     for name in calibration.key_of:
-        weight = model.get_submodule(name).weight.detach()
+        weight = linear_weight(model.get_submodule(name))
         prepared = prepare_sublayer(calibration, name, weight.shape[1], settings, streams.torch)
         result = compress_sublayer(weight, prepared, name, settings, streams.torch)
         install(compressed, name, result_tree(result))
@@ -109,11 +114,40 @@ def test_half_precision_load_keeps_codes_and_scales(saved):
     assert logits(loaded).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "mamba2"])
-def test_other_families_reload(family, tmp_path):
-    _, compressed = compress(family)
+def other_family(name):
+    """One block of a family that the tiny models lack."""
+    import transformers
+
+    shape = {
+        "vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    if name == "mixtral":
+        shape |= {"num_local_experts": 3, "num_experts_per_tok": 2}
+    config = getattr(transformers, f"{name.capitalize()}Config")(**shape)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name.capitalize()}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "mamba", "mamba2", "qwen2", "mixtral"])
+def test_p10_other_families_reload_with_the_same_logits(family, tmp_path):
+    if family in FAMILIES:
+        layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
+        model, compressed = compress(family, **{layers: 1})
+    else:
+        model, compressed = compress_model(other_family(family))
     save_compressed(compressed, byte_tokenizer(), tmp_path)
-    assert torch.equal(logits(load_model(tmp_path)[0]), logits(compressed))
+    loaded = load_model(tmp_path)[0]
+    assert torch.equal(logits(loaded), logits(compressed))
+    names = [name for name, _ in quantised_layers(loaded)]
+    assert names == [name for name, _ in quantised_layers(compressed)]
+    assert not torch.equal(logits(loaded), logits(model))
+    if family == "mixtral":
+        assert sum(".experts." in name for name in names) == 6
+    again = tmp_path / "again"
+    save_compressed(loaded, byte_tokenizer(), again)
+    assert torch.equal(logits(load_model(again)[0]), logits(compressed))
 
 
 @pytest.mark.parametrize("order", ["import lplr_q, transformers", "import transformers, lplr_q"])
@@ -187,5 +221,123 @@ def test_a_bias_is_kept():
     result = decompose(weight, prepare_hessian(None, 16, generator=None), rounds=1)
     layer = install(model, "a", result_tree(result))
     assert torch.equal(layer.bias, bias)
-    with pytest.raises(DataError, match="not a linear layer"):
+    with pytest.raises(DataError, match="no linear layer"):
         install(model, "a", result_tree(result))
+
+
+# ---------------------------------------------------------------- trained parts, shards, refusals
+
+
+def one_block(**form):
+    """A Mistral block whose layers have the given form, filled from decompositions."""
+    from lplr_q.activation_aware.decompose import decompose, prepare_hessian
+
+    ft_rank = form.pop("ft_rank", 0)
+    model = tiny_model("mistral", num_hidden_layers=1)
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "proj" in name:
+            prepared = prepare_hessian(None, module.in_features, generator=generator)
+            options = {"rounds": 1, "inner_iterations": 1, "sweeps": 0, **form}
+            result = decompose(module.weight, prepared, generator=generator, **options)
+            parent, _, last = name.rpartition(".")
+            layer = LPLRQuantizedLinear.from_decomposition(result, ft_rank=ft_rank)
+            setattr(model.get_submodule(parent), last, layer)
+    return model
+
+
+FORMS = [
+    {"rank": 3, "ft_rank": 2},
+    {"rank": 2, "ft_rank": 2, "factor_bits": 16},
+    {"codebook": "tcq-8", "rank": 2},
+    {"codebook": "lloyd-max", "q_bits": 3, "rank": 1, "factor_codebook": "e8p"},
+    {"rank": 1, "rescale": True},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_every_form_reloads_and_fills_the_bytes_it_reports(form, tmp_path):
+    model = one_block(**form)
+    report = save_compressed(model, byte_tokenizer(), tmp_path)
+    counted = [layer.stored_bits() for _, layer in quantised_layers(model)]
+    expected = sum(b.total for b in counted) / sum(b.weights for b in counted)
+    assert report["bits_per_weight"] == pytest.approx(expected, rel=1e-12)
+    loaded, _ = load_model(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    own = dict(model.named_parameters())
+    for name, parameter in loaded.named_parameters():
+        assert parameter.dtype == own[name].dtype
+    for dtype in (torch.bfloat16, torch.float16):
+        cast, _ = load_model(tmp_path, dtype=dtype)
+        for (_, a), (_, b) in zip(quantised_layers(cast), quantised_layers(model), strict=True):
+            assert torch.equal(a.dequantize(), b.dequantize())
+
+
+def test_a_tuned_model_reloads(tmp_path):
+    from lplr_q.activation_aware.quantized_layer import merge_trained
+
+    model = one_block(rank=2, ft_rank=1)
+    for _, layer in quantised_layers(model):
+        layer.trainable(signs=True)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    with pytest.raises(ConfigError, match="merge_trained"):
+        save_compressed(model, byte_tokenizer(), tmp_path)
+    merge_trained(model)
+    report = save_compressed(model, byte_tokenizer(), tmp_path)
+    loaded, _ = load_model(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    counted = [layer.stored_bits() for _, layer in quantised_layers(loaded)]
+    assert all(b.signs > b.weights**0.5 * 16 for b in counted)
+    assert report["compressed_bytes"] * 8 == sum(b.total for b in counted)
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_weights_are_written_in_shards(tmp_path):
+    model = one_block(rank=2, ft_rank=1)
+    report = save_compressed(model, byte_tokenizer(), tmp_path, max_shard_size="9KB")
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert report == storage_report(tmp_path)
+    assert torch.equal(logits(load_model(tmp_path)[0]), logits(model))
+    save_compressed(model, byte_tokenizer(), tmp_path)  # the shards do not stay behind
+    assert [p.name for p in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    assert torch.equal(logits(load_model(tmp_path)[0]), logits(model))
+
+
+def test_a_model_is_not_compressed_twice(saved, tmp_path):
+    model, compressed, _, _ = saved
+    require_uncompressed(model)
+    with pytest.raises(ConfigError, match="compressed already"):
+        require_uncompressed(compressed)
+    settings = {name: layer.settings() for name, layer in quantised_layers(compressed)}
+    with pytest.raises(DataError, match="compressed already; start from the original"):
+        replace_linears(copy.deepcopy(compressed), settings)
+    other = tiny_model("mistral", num_hidden_layers=1)
+    other.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(ConfigError, match="quantised already .gptq."):
+        require_uncompressed(other)
+
+
+def test_an_older_configuration_is_read(saved, tmp_path):
+    """Version 1 knew no trained parts, rescaling or factor codebooks."""
+    import shutil
+
+    _, compressed, folder, _ = saved
+    older = tmp_path / "older"
+    shutil.copytree(folder, older)
+    config = json.loads((older / "config.json").read_text(encoding="utf-8"))
+    own = config["quantization_config"]
+    own["version"] = 1
+    del own["experts"]
+    for settings in own["modules"].values():
+        for key in ("factor_codebook", "rescaled", "ft_rank", "signs"):
+            del settings[key]
+    (older / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert torch.equal(logits(load_model(older)[0]), logits(compressed))
+    next(iter(own["modules"].values()))["flavour"] = "sweet"
+    (older / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(DataError, match="unknown settings of a compressed layer: flavour"):
+        load_model(older)
