@@ -29,6 +29,7 @@ from lplr_q.finetuning import (
     together,
     token_blocks,
     tuning_groups,
+    widest,
 )
 from workbench.cli import cli
 from workbench.errors import ConfigError, DataError
@@ -132,25 +133,6 @@ def _tune(run: Run, e: Experiment) -> dict[str, Any]:
     comparison.judge("tuned", tuned, stored_bits(tuned))
     what = f"{rank} components" + (" and signs" if e.train_signs else "")
     return finish_perplexity(run, e, what, comparison, progress, "loss (nats per token)")
-
-
-def widest(student: Any, ft_rank: int, run: Run) -> int:
-    """``ft_rank``, or the largest rank of the model with a note if that is less.
-
-    Raises:
-        ConfigError: the model has no components at all.
-    """
-    from lplr_q.activation_aware.quantized_layer import quantised_layers
-
-    largest = max((layer.rank for _, layer in quantised_layers(student)), default=0)
-    if ft_rank and not largest:
-        raise ConfigError(
-            "the model was compressed without L and R (rank 0); compress with more bits, or train "
-            "the signs with lplr_q.finetune_rht"
-        )
-    if ft_rank > largest:
-        run.note(f"ft_rank={ft_rank}: the largest rank is {largest}, all components train")
-    return min(ft_rank, largest)
 
 
 def _texts(tokenizer: Any, e: Experiment) -> tuple[TextBlocks, TextBlocks]:

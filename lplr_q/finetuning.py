@@ -386,3 +386,22 @@ def tuning_groups(e: Tuning, parameters: dict[str, list[Any]], **rates: float) -
         for name, listed in parameters.items()
         if listed
     ]
+
+
+def widest(student: Any, ft_rank: int, run: Run) -> int:
+    """``ft_rank``, or the largest rank of the model with a note if that is less.
+
+    Raises:
+        ConfigError: the model has no components at all.
+    """
+    from lplr_q.activation_aware.quantized_layer import quantised_layers
+
+    largest = max((layer.rank for _, layer in quantised_layers(student)), default=0)
+    if ft_rank and not largest:
+        raise ConfigError(
+            "the model was compressed without L and R (rank 0); compress with more bits, or train "
+            "the signs with lplr_q.finetune_rht"
+        )
+    if ft_rank > largest:
+        run.note(f"ft_rank={ft_rank}: the largest rank is {largest}, all components train")
+    return min(ft_rank, largest)
