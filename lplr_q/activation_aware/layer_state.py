@@ -34,8 +34,9 @@ from workbench.errors import ConfigError
 SignForm = Literal["packed", "float"]
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
-ROW_TILE = 16
-"""Rows are decoded in multiples of this, so that packed codes start at a byte."""
+ROW_TILE = 64
+"""Rows are decoded in multiples of this, so that packed codes start at a byte and no tile of a
+trellis is cut."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def pack_codes(
 def unpack_codes(
     codes: list[Tensor], tail: Tensor | None, book: Codebook, width: int, low: int, high: int
 ) -> tuple[Int64[Tensor, "rows blocks streams"] | None, Int64[Tensor, "rows t"] | None]:
-    """Codes of the rows ``low`` to ``high``; ``low`` is a multiple of 16."""
+    """Codes of the rows ``low`` to ``high``; ``low`` is a multiple of ROW_TILE."""
     rows, whole = high - low, width // book.dim
     found = None
     if codes and _apart(book):

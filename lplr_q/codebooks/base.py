@@ -81,17 +81,13 @@ def rows_of(codebook: object) -> int:
 
 
 def row_groups(m: int, rows: int) -> list[tuple[int, int]]:
-    """(how many, height) of the groups of rows coded together, first to last.
+    """(how many, height) of the groups of rows coded together, first to last; what is left over
+    makes a group of its own.
 
-    What is left over makes a group of its own, or joins the last one when it is less than half of
-    one.
-
-    >>> row_groups(40, 16), row_groups(36, 16), row_groups(3, 16)
-    ([(2, 16), (1, 8)], [(1, 16), (1, 20)], [(1, 3)])
+    >>> row_groups(40, 16), row_groups(3, 16)
+    ([(2, 16), (1, 8)], [(1, 3)])
     """
     whole, rest = divmod(m, rows)
-    if whole and rest and 2 * rest < rows:
-        whole, rest = whole - 1, rest + rows
     return [(count, height) for count, height in ((whole, rows), (1, rest)) if count and height]
 
 

@@ -3,8 +3,7 @@
 
 Symbol b_t, t = c i + j, of a tile of r x c entries is the k-bit code of its entry (i, j). The
 circle of symbols alone says every state (:mod:`lplr_q.codebooks.trellis`), so a matrix of m x n
-weights costs k m n bits exactly. Rows that do not fill a tile make a shorter or longer circle
-(:func:`lplr_q.codebooks.base.row_groups`).
+weights costs k m n bits exactly. Rows left over make a tile of their own, a shorter circle.
 
 QTIP's tiles are 16 x 16. Ours are 64 x 4: as long a circle, but LDLQ feeds the error back every
 four columns instead of every sixteen, which the error shows (``tests/lplr_q/test_ldlq.py``).
@@ -91,8 +90,11 @@ class TrellisCodebook:
                 f"codebook {name}: states of {window} bits at {bits} bits per weight; "
                 f"choose {2 * bits} to 16"
             )
-        if min(tile) < 1 or tile[0] * tile[1] * bits < window:
-            raise ConfigError(f"codebook {name}: a tile of {tile[0]} x {tile[1]} is too small")
+        if tile[0] < 1 or 64 % tile[0] or tile[0] * tile[1] * bits < window:
+            raise ConfigError(
+                f"codebook {name}: tiles of {tile[0]} x {tile[1]}; use a divisor of 64 rows, and "
+                f"at least {window} bits per tile"
+            )
         self.name = name
         self.bits = float(bits)
         self.window = window
@@ -120,21 +122,11 @@ class TrellisCodebook:
         return torch.cat(joined) if joined else torch.empty_like(like)
 
     def encode(self, x: Float[Tensor, "m *blocks c"]) -> Int64[Tensor, "m *blocks c"]:
-        """Symbols of a closed path near each tile.
-
-        Raises:
-            ConfigError: too few rows to close a path.
-        """
+        """Symbols of a closed path near each tile."""
         if x.ndim == 1:
             return self.encode(x[None])[0]
-        bits = int(self.bits)
-        if x.shape[0] * self.dim * bits < self.window:
-            raise ConfigError(
-                f"codebook {self.name}: {x.shape[0]} x {self.dim} symbols of {bits} bits are "
-                f"shorter than a state of {self.window} bits; use more rows or tiles of 16 x 16"
-            )
         table = _table_on(self.window, self.kind, x.device)
-        return self._untile([circles(tile, table, bits) for tile in self._tiles(x)], x)
+        return self._untile([circles(tile, table, int(self.bits)) for tile in self._tiles(x)], x)
 
     def decode(self, codes: Int64[Tensor, "m *blocks c"]) -> Float[Tensor, "m *blocks c"]:
         """Table lookup by the circular window of the last L bits."""

@@ -151,10 +151,27 @@ def circles(
 ) -> Int64[Tensor, "batch T"]:
     """Symbols of tail-biting paths near each row of ``x``: :func:`reference_circle`, batched.
 
-    The C kernel does it where there is one; its symbols are those of :func:`torch_circles`.
+    The C kernel does it where there is one; its symbols are those of :func:`torch_circles`. Circles
+    shorter than a state are few enough to try them all.
     """
+    if x.shape[1] * bits <= table.numel().bit_length() - 1:
+        return _short_circles(x, table, bits)
     found = native.trellis_circles(x, table, bits)
     return torch_circles(x, table, bits) if found is None else found
+
+
+def _short_circles(
+    x: Float[Tensor, "batch T"], table: Float[Tensor, " states"], bits: int
+) -> Int64[Tensor, "batch T"]:
+    """The best of all 2^(k T) circles."""
+    length = x.shape[1]
+    every = torch.arange(1 << (bits * length), device=x.device)
+    places = bits * torch.arange(length, device=x.device)
+    symbols = (every[:, None] >> places) & ((1 << bits) - 1)
+    points = table.to(x.device)[windows(symbols, bits, table.numel().bit_length() - 1)]
+    # |x - p|^2 without |x|^2, row by row of x
+    score = points.square().sum(1) - 2 * x.float() @ points.T
+    return symbols[score.argmin(1)]
 
 
 def torch_circles(
