@@ -234,6 +234,8 @@ def save_compressed(
             if name not in apart:
                 parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
+        # transformers removes shards of an earlier save, but not their table of contents
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
         model.save_pretrained(
             folder, max_shard_size=max_shard_size, save_original_format=not _experts(model)
         )
