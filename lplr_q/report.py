@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-METHOD_NAMES = {"16-bit": "16 bit", "rtn": "RTN", "gptq": "GPTQ", "lplr-ldlq": "LPLR-LDLQ"}
+METHOD_NAMES = {
+    "16-bit": "16 bit",
+    "rtn": "RTN",
+    "gptq": "GPTQ",
+    "quip-sharp": "QuIP#-style",
+    "lplr-ldlq": "LPLR-LDLQ",
+}
 
 
 def short_source(source: str) -> str:

@@ -1,8 +1,9 @@
-"""Compress a language model to W = Q + L R and compare with RTN and GPTQ.
+"""Compress a language model to W = Q + L R and compare with RTN, GPTQ and QuIP#.
 [LPLR-Q; CALDERA Alg. 1]
 
     python -m lplr_q.run --model micro-mistral --bits 2 2.5
-    python -m lplr_q.run --config configs/lplr_q/run.tour.yaml
+    python -m lplr_q.run --model FOLDER --target-bpw 2.4 --codebook tcq --allocation auto
+    python -m lplr_q.run --tiny                    # trains a small model first; no downloads
     python -m lplr_q.run --model FOLDER --calibration text.jsonl --evaluation text.jsonl
 
 Hessians -> compress -> save -> reload in a fresh load -> perplexity against true bits per weight.
@@ -10,7 +11,6 @@ Hessians -> compress -> save -> reload in a fresh load -> perplexity against tru
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ from workbench.run import Run
 
 if TYPE_CHECKING:
     from lplr_q.activation_aware.hessian import Calibration
+    from lplr_q.contest import Arm, Contest
     from lplr_q.evaluate import TextBlocks
     from lplr_q.quantize_model import CompressionSettings
 
@@ -34,10 +35,20 @@ class Experiment:
     """Budgets in bits per weight."""
     overhead: float = 0.15
     """Bits per weight that scales and signs may add, the same for every method."""
-    methods: tuple[Literal["rtn", "gptq", "lplr-ldlq"], ...] = ("rtn", "gptq", "lplr-ldlq")
+    target_bpw: float | None = None
+    """One total budget, scales and signs included; replaces --bits and --overhead."""
+    methods: tuple[Literal["rtn", "gptq", "quip-sharp", "lplr-ldlq"], ...] = (
+        "rtn",
+        "gptq",
+        "lplr-ldlq",
+    )
     """What is compared."""
     codebook: str = "e8p"
-    """Codebook of Q: e8p, lloyd-max or module:factory."""
+    """Codebook of Q: e8p, tcq, lloyd-max or module:factory."""
+    allocation: str = "uniform"
+    """uniform: every layer the same budget; auto: one budget for the model; or a JSON file."""
+    sensitivity: Literal["fisher", "kl", "uniform"] = "fisher"
+    """What an error counts in the automatic allocation."""
     q_bits: int | None = None
     """Bits of Q; None takes the widest that fits the budget, the rest goes to L and R."""
     try_widths: int = 1
@@ -50,8 +61,10 @@ class Experiment:
     """Least-squares steps for the rounded factors per round."""
     sweeps: int = 1
     """Guarded refinement sweeps after LDLQ."""
-    init: Literal["lr_first", "q_first"] = "lr_first"
-    """Which component is updated first."""
+    init: Literal["lr_first", "q_first", "odlri", "srr", "auto"] = "lr_first"
+    """Where the alternation starts."""
+    q_hessian: Literal["plain", "downdate", "projq", "auto"] = "plain"
+    """What the Q step minimises."""
     rht: bool = True
     """Randomised Hadamard transform on both sides."""
     sigma_reg: float = 0.01
@@ -70,6 +83,10 @@ class Experiment:
     """Tokens per row."""
     batch_size: int = 8
     """Rows per forward pass."""
+    tiny: bool = False
+    """Train a small model first and compress that instead of --model."""
+    tiny_steps: int = 240
+    """Its training steps."""
     seed: int = 0
     """Seed of all named streams."""
     run: RunField = RunOptions()
@@ -82,12 +99,26 @@ class Experiment:
         for bits in self.bits:
             if not 1 <= bits <= 8:
                 raise ConfigError(f"bits={bits:g}; choose budgets from 1 to 8")
+        if self.target_bpw is not None and not 1 <= self.target_bpw <= 8:
+            raise ConfigError(f"target_bpw={self.target_bpw:g}; choose from 1 to 8")
+        if self.tiny_steps < 1:
+            raise ConfigError(f"tiny_steps={self.tiny_steps}: nothing would be trained")
         if self.overhead < 0:
             raise ConfigError(f"overhead={self.overhead}; it cannot be negative")
         if self.rounds < 1:
             raise ConfigError(f"rounds={self.rounds}: nothing would be decomposed; use at least 1")
         if self.length < 8 or self.batch_size < 1:
             raise ConfigError(f"length={self.length}, batch_size={self.batch_size}: too small")
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Nominal budgets: --target-bpw alone, or --bits."""
+        return self.bits if self.target_bpw is None else (self.target_bpw,)
+
+    @property
+    def allowance(self) -> float:
+        """Bits that scales and signs may add to a nominal budget."""
+        return self.overhead if self.target_bpw is None else 0.0
 
 
 EXPERIMENT = Experiment()  # edit me
@@ -98,62 +129,105 @@ def main(experiment: Experiment) -> dict:
     with Run.open("lplr_q.run", experiment) as run:
         if run.finished:
             return run.results
-        from lplr_q.evaluate import load_blocks
-
-        model, tokenizer = run.load_model(experiment.model, dtype=None)
-        texts = [
-            load_blocks(
-                tokenizer,
-                source,
-                tokens=experiment.evaluation_tokens,
-                length=experiment.length,
-                split="test",
-                seed=experiment.seed,
-            )
-            for source in experiment.evaluation
-        ]
-        calibration = _calibrate(run, experiment, model, tokenizer)
+        model, tokenizer = _model(run, experiment)
+        texts = _texts(experiment, tokenizer, "evaluation")
+        calibration = _texts(experiment, tokenizer, "calibration")
+        contest = _contest(run, experiment, model, calibration)
         base = run.once("evaluate/16-bit", lambda: _nats(experiment, model, texts))
         rows = [_row(text, "16-bit", 16.0, 16.0, base, base) for text in texts]
         layers: list[dict[str, Any]] = []
         stored: dict[str, Any] = {}
-        for bits in experiment.bits:
-            for method in experiment.methods:
-                if method == "lplr-ldlq":
-                    found = _lplr(run, experiment, model, tokenizer, calibration, texts, bits)
-                    layers += found["layers"]
-                    stored[f"{bits:g}"] = found["stored"]
-                else:
-                    found = _baseline(run, experiment, model, calibration, texts, bits, method)
+        for bits in experiment.budgets:
+            for arm in _arms(experiment):
+                found = _evaluate(run, experiment, contest, arm, tokenizer, texts, bits)
+                layers += found["layers"]
+                if "stored" in found:
+                    name = f"{bits:g}" if arm.method == "lplr-ldlq" else f"{arm.label}-{bits:g}"
+                    stored[name] = found["stored"]
                 for text in texts:
-                    rows.append(_row(text, method, bits, found["true_bits"], found["nats"], base))
-                    run.log(len(rows), {f"{method}/{bits:g}/{text.name}": rows[-1]["perplexity"]})
+                    rows.append(
+                        _row(text, arm.title, bits, found["true_bits"], found["nats"], base)
+                    )
+                    key = f"{arm.method}/{bits:g}/{text.name}"
+                    run.log(len(rows), {key: rows[-1]["perplexity"]})
         return _report(run, experiment, rows, layers, stored)
 
 
-def _calibrate(run: Run, experiment: Experiment, model: Any, tokenizer: Any) -> Calibration:
-    """Hessians of all sublayers from the training split of the calibration texts."""
-    import torch
+def _model(run: Run, experiment: Experiment) -> tuple[Any, Any]:
+    if not experiment.tiny:
+        return run.load_model(experiment.model, dtype=None)
+    from lplr_q.toy import train_toy
 
-    from lplr_q.activation_aware.hessian import Calibration, collect_hessians
+    return train_toy(run, steps=experiment.tiny_steps)
+
+
+def _texts(experiment: Experiment, tokenizer: Any, purpose: str) -> list[TextBlocks]:
+    """Blocks of the calibration (training split) or evaluation (test split) texts."""
     from lplr_q.evaluate import load_blocks
 
+    calibrating = purpose == "calibration"
+    return [
+        load_blocks(
+            tokenizer,
+            source,
+            tokens=experiment.calibration_tokens if calibrating else experiment.evaluation_tokens,
+            length=experiment.length,
+            split="train" if calibrating else "test",
+            seed=experiment.seed,
+        )
+        for source in getattr(experiment, purpose)
+    ]
+
+
+def _arms(experiment: Experiment) -> list[Arm]:
+    from lplr_q.contest import Arm
+    from lplr_q.report import METHOD_NAMES
+
+    arms = []
+    for method in experiment.methods:
+        title = METHOD_NAMES[method]
+        if method != "lplr-ldlq":
+            label = "quip" if method == "quip-sharp" else method
+            arms.append(Arm(label, title, method))
+            continue
+        if experiment.allocation != "uniform":
+            title += ", allocated"
+        arms.append(Arm("lplr", title, method, experiment.codebook, experiment.allocation))
+    return arms
+
+
+def _contest(
+    run: Run, experiment: Experiment, model: Any, calibration: list[TextBlocks]
+) -> Contest:
+    """Model, Hessians from the calibration texts and settings that all arms share."""
+    import torch
+
+    from lplr_q.contest import Contest
+
+    tokens = torch.cat([part.tokens for part in calibration])
+    mask = torch.cat([part.counted for part in calibration])
+    return Contest(
+        run,
+        model,
+        _calibrate(run, experiment, model, tokens, mask),
+        _settings(experiment),
+        experiment.allowance,
+        sensitivity=experiment.sensitivity,
+        tokens=tokens,
+        mask=mask,
+        batch_size=experiment.batch_size,
+    )
+
+
+def _calibrate(run: Run, experiment: Experiment, model: Any, tokens: Any, mask: Any) -> Calibration:
+    """Hessians of all sublayers."""
+    from lplr_q.activation_aware.hessian import Calibration, collect_hessians
+
     def compute() -> dict[str, Any]:
-        parts = [
-            load_blocks(
-                tokenizer,
-                source,
-                tokens=experiment.calibration_tokens,
-                length=experiment.length,
-                split="train",
-                seed=experiment.seed,
-            )
-            for source in experiment.calibration
-        ]
         return collect_hessians(
             model,
-            torch.cat([p.tokens for p in parts]),
-            mask=torch.cat([p.counted for p in parts]),
+            tokens,
+            mask=mask,
             batch_size=experiment.batch_size,
             include=experiment.include,
             progress=lambda items: run.progress(items, "hessians"),
@@ -175,11 +249,10 @@ def _nats(experiment: Experiment, model: Any, texts: list[TextBlocks]) -> dict[s
     return nats_by_source(model, texts, batch_size=experiment.batch_size)
 
 
-def _settings(experiment: Experiment, bits: float) -> CompressionSettings:
+def _settings(experiment: Experiment) -> CompressionSettings:
     from lplr_q.quantize_model import CompressionSettings
 
     return CompressionSettings(
-        bits=bits + experiment.overhead,
         codebook=experiment.codebook,
         q_bits=experiment.q_bits,
         try_widths=experiment.try_widths,
@@ -188,70 +261,39 @@ def _settings(experiment: Experiment, bits: float) -> CompressionSettings:
         inner_iterations=experiment.inner_iterations,
         sweeps=experiment.sweeps,
         init=experiment.init,
+        q_hessian=experiment.q_hessian,
         rht=experiment.rht,
         sigma_reg=experiment.sigma_reg,
     )
 
 
-def _lplr(
+def _evaluate(
     run: Run,
     experiment: Experiment,
-    model: Any,
+    contest: Contest,
+    arm: Arm,
     tokenizer: Any,
-    calibration: Calibration,
     texts: list[TextBlocks],
     bits: float,
 ) -> dict[str, Any]:
-    """Compress every sublayer (one unit each), save, load afresh, evaluate what was loaded."""
-    import copy
+    """Nats of one arm at one budget; formats of ours are saved and loaded afresh before."""
+    from lplr_q.contest import ROUNDING
 
-    from lplr_q.bits import matched_budget
-    from lplr_q.quantize_model import compress_sublayer, install, prepare_sublayer, result_tree
+    if arm.method in ROUNDING:
 
-    settings = _settings(experiment, bits)
-    compressed = copy.deepcopy(model)
-    layers = []
-    prepared_key, prepared = "", None
-    for name in run.progress(list(calibration.key_of), f"compress to {bits:g} bits"):
-        weight = model.get_submodule(name).weight.detach().float().cpu()
+        def compute() -> dict[str, Any]:
+            found = contest.compress(arm, bits)
+            nats = _nats(experiment, found.model, texts)
+            return {"nats": nats, "true_bits": found.true_bits, "layers": found.layers}
 
-        def compute(name: str = name, weight: Any = weight) -> dict[str, Any]:
-            nonlocal prepared_key, prepared
-            budget = matched_budget(*weight.shape, bits, experiment.overhead)
-            own = dataclasses.replace(settings, bits=budget)
-            if prepared is None or prepared_key != calibration.key_of[name]:
-                prepared_key = calibration.key_of[name]
-                prepared = prepare_sublayer(
-                    calibration, name, weight.shape[1], settings, run.streams.torch
-                )
-            result = compress_sublayer(weight, prepared, name, own, run.streams.torch)
-            return result_tree(result)
-
-        tree = run.once(f"lplr-{bits:g}/{name}", compute)
-        install(compressed, name, tree)
-        layers.append(_layer_row(bits, name, weight, tree))
-    stored = _save_and_reload(run, experiment, compressed, tokenizer, texts, bits)
+        return run.once(f"evaluate/{arm.label}-{bits:g}", compute)
+    found = contest.compress(arm, bits)
+    stored = _save_and_reload(run, experiment, found.model, tokenizer, texts, bits, arm)
     return {
-        "layers": layers,
+        "layers": found.layers,
         "true_bits": stored["bits_per_weight"],
         "nats": stored.pop("nats"),
         "stored": stored,
-    }
-
-
-def _layer_row(bits: float, name: str, weight: Any, tree: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "bits": bits,
-        "layer": name,
-        "kind": name.rpartition(".")[2],
-        "outputs": weight.shape[0],
-        "inputs": weight.shape[1],
-        "q_bits": tree["settings"]["q_bits"],
-        "rank": tree["settings"]["rank"],
-        "true_bits": tree["bits_per_weight"],
-        "error": tree["error"],
-        "frobenius": tree["frobenius"],
-        "best_round": min(tree["history"], key=lambda h: h["error"])["round"],
     }
 
 
@@ -262,6 +304,7 @@ def _save_and_reload(
     tokenizer: Any,
     texts: list[TextBlocks],
     bits: float,
+    arm: Arm,
 ) -> dict[str, Any]:
     """Write the model folder, load it as a stranger would, compare logits, evaluate."""
     import torch
@@ -270,7 +313,7 @@ def _save_and_reload(
     from lplr_q.hf import save_compressed
     from workbench.models import load_model
 
-    folder = run.path(f"models/lplr-{bits:g}")
+    folder = run.path(f"models/{arm.label}-{bits:g}")
     report = save_compressed(
         compressed, tokenizer, folder, notes={"model": experiment.model, "budget": bits}
     )
@@ -287,49 +330,9 @@ def _save_and_reload(
 
     return {
         **report,
-        **run.once(f"evaluate/lplr-{bits:g}", compute),
+        **run.once(f"evaluate/{arm.label}-{bits:g}", compute),
         "folder": folder.relative_to(run.directory).as_posix(),
     }
-
-
-def _baseline(
-    run: Run,
-    experiment: Experiment,
-    model: Any,
-    calibration: Calibration,
-    texts: list[TextBlocks],
-    bits: float,
-    method: str,
-) -> dict[str, Any]:
-    """RTN or GPTQ with the smallest group whose scales and zero points fit the same budget."""
-
-    def compute() -> dict[str, Any]:
-        import copy
-
-        from lplr_q.baselines import gptq, round_to_nearest
-        from lplr_q.bits import average, group_bits, group_for_budget
-        from lplr_q.linalg.ldl import regularise
-
-        rounded = copy.deepcopy(model)
-        width = int(bits)
-        spent = []
-        for name in run.progress(list(calibration.key_of), f"{method} at {bits:g} bits"):
-            linear = rounded.get_submodule(name)
-            weight = linear.weight.detach().float().cpu()
-            m, n = weight.shape
-            group = group_for_budget(n, bits + experiment.overhead, bits=width)
-            if method == "rtn":
-                result = round_to_nearest(weight, bits=width, group=group)
-            else:
-                hessian = regularise(
-                    calibration.of(name).matrix(), sigma=experiment.sigma_reg, name=name
-                )
-                result = gptq(weight, hessian, bits=width, group=group)
-            linear.weight.data.copy_(result.weight)
-            spent.append((group_bits(m, n, bits=width, group=group), m * n))
-        return {"nats": _nats(experiment, rounded, texts), "true_bits": average(spent)}
-
-    return run.once(f"evaluate/{method}-{bits:g}", compute)
 
 
 def _row(
@@ -341,7 +344,7 @@ def _row(
     return {
         "text": short_source(text.name),
         "bits": bits,
-        "method": METHOD_NAMES[method],
+        "method": METHOD_NAMES.get(method, method),
         "true_bits": true_bits,
         **perplexity_columns(text, nats[text.name], base[text.name]),
     }
@@ -382,7 +385,7 @@ def _report(
             caption=f"Relative activation-aware error, median over blocks; {len(layers)} layers",
             alt="; ".join(f"{r['sublayer']} {r['budget']}: {r['error']:.3f}" for r in drawn),
         )
-    summary = headline(rows, min(experiment.bits, key=lambda b: abs(b - 2.5)))
+    summary = headline(rows, min(experiment.budgets, key=lambda b: abs(b - 2.5)))
     return run.finish(
         {"rows": rows, "stored": stored},
         title=f"Compressing {experiment.model} to a few bits per weight",
