@@ -1,17 +1,23 @@
 """Bits per weight, counted in full: codes, scales, signs, padding to bytes.
 [lplr_q README, "Bits"]
 
-bits(W) = codes of Q + r (m + n) B_LR + 32 (scale of Q) + 2 * 16 r (scales of L and R) + m + n
-(signs)
+    bits(W) = m n B_Q + (r - r_t) (m + n) B_LR + 16 r_t (m + n)     codes, trained components
+              + 32 (or 16 per group) + 2 * 16 (r - r_t) + 16 n      scales: Q, L and R, inputs
+              + m + n                                               signs (16 each when trained)
+
+Columns beyond the last whole block of a codebook are scalar codes of B_Q bits; every stored tensor
+is padded to whole bytes. What a layer stores is these numbers exactly.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from lplr_q.codebooks.base import make_codebook
+from lplr_q.codebooks.base import Codebook, make_codebook
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,15 @@ def _bytes(bits: int) -> int:
     return 8 * math.ceil(bits / 8)
 
 
+def coded_bits(rows: int, width: int, book: Codebook) -> int:
+    """Bits of the codes of a (rows, width) matrix: one tensor per run of equal streams, one for the
+    columns that fill no block."""
+    whole, tail = divmod(width, book.dim)
+    runs = [(bits, len(list(run))) for bits, run in itertools.groupby(book.streams)]
+    codes = sum(_bytes(rows * whole * bits * count) for bits, count in runs)
+    return codes + _bytes(rows * tail * int(book.bits))
+
+
 def layer_bits(
     m: int,
     n: int,
@@ -51,48 +66,64 @@ def layer_bits(
     rank: int = 0,
     factor_bits: int = 4,
     rotated: bool = True,
+    factor_codebook: str = "lloyd-max",
+    ft_rank: int = 0,
+    rescaled: bool = False,
+    float_signs: bool = False,
+    group: int | None = None,
 ) -> LayerBits:
-    """Exact storage of an m x n matrix as Q + L R."""
-    codes = 0
+    """Exact storage of an m x n matrix as Q + L R.
+
+    Args:
+        m: outputs.
+        n: inputs.
+        codebook: of Q; ``q_bits`` = 0 leaves Q out.
+        q_bits: bits per entry of Q.
+        rank: components of L R, those in 16 bits included.
+        factor_bits: bits per entry of the coded components.
+        rotated: signs of both sides are stored.
+        factor_codebook: of L and R; scalar ones have a scale per component, others one per factor.
+        ft_rank: components kept in 16 bits for training.
+        rescaled: a 16-bit divisor per input is stored.
+        float_signs: signs were trained and take 16 bits each.
+        group: a 16-bit scale of Q per so many columns of each row instead of one 32-bit scale.
+    """
+    q_codes = coded_bits(m, n, make_codebook(codebook, q_bits)) if q_bits else 0
+    coded = rank - ft_rank
+    factors = 16 * ft_rank * (m + n)
+    scales = 0
     if q_bits:
-        book = make_codebook(codebook, q_bits)
-        whole, tail = divmod(n, book.dim)
-        codes = sum(_bytes(m * whole * bits) for bits in book.streams)
-        codes += _bytes(m * tail * int(book.bits))
-    factors = _bytes(rank * m * factor_bits) + _bytes(rank * n * factor_bits)
-    per_component = 0 if factor_bits == 16 else 2 * 16 * rank
-    scales = (32 if q_bits else 0) + per_component
-    signs = _bytes(m) + _bytes(n) if rotated else 0
-    return LayerBits(m * n, codes, factors, scales, signs)
+        scales += 32 if group is None else 16 * m * math.ceil(n / group)
+    if coded and factor_bits == 16:
+        factors += 16 * coded * (m + n)
+    elif coded:
+        book = make_codebook(factor_codebook, factor_bits)
+        factors += coded_bits(coded, m, book) + coded_bits(coded, n, book)
+        scales += 2 * 16 * (coded if book.dim == 1 else 1)
+    if rescaled:
+        scales += 16 * n
+    signs = 0
+    if rotated:
+        signs = 16 * (m + n) if float_signs else _bytes(m) + _bytes(n)
+    return LayerBits(m * n, q_codes, factors, scales, signs)
 
 
-def rank_for_budget(
-    m: int,
-    n: int,
-    budget: float,
-    *,
-    codebook: str = "e8p",
-    q_bits: int = 2,
-    factor_bits: int = 4,
-    rotated: bool = True,
-) -> int:
-    """Largest rank whose total bits per weight stay within ``budget``; -1 when Q alone exceeds
-    it."""
-    rank = -1
-    for candidate in range(min(m, n) + 1):
-        bits = layer_bits(
-            m,
-            n,
-            codebook=codebook,
-            q_bits=q_bits,
-            rank=candidate,
-            factor_bits=factor_bits,
-            rotated=rotated,
-        )
-        if bits.per_weight > budget + 1e-9:
-            break
-        rank = candidate
-    return rank
+def rank_for_budget(m: int, n: int, budget: float, **settings: Any) -> int:
+    """Largest rank whose total bits per weight stay within ``budget``; -1 when Q alone exceeds it.
+
+    ``settings`` are those of :func:`layer_bits`. Bits grow with the rank, so bisection finds it.
+    """
+
+    def fits(rank: int) -> bool:
+        return layer_bits(m, n, rank=rank, **settings).per_weight <= budget + 1e-9
+
+    if not fits(low := int(settings.get("ft_rank", 0))):
+        return -1
+    high = min(m, n) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def group_bits(m: int, n: int, *, bits: int, group: int, symmetric: bool = False) -> float:

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lplr_q.activation_aware.quantized_layer import LPLRQuantizedLinear
 from lplr_q.bits import (
     average,
     group_bits,
@@ -83,6 +84,62 @@ def test_every_part_by_hand():
     assert bits.signs == 16 + 24
     assert bits.total == sum((400, 360, 128, 40))
     assert layer_bits(10, 20, q_bits=0, rank=3, factor_bits=16, rotated=False).total == 3 * 30 * 16
+
+
+@pytest.mark.parametrize("codebook", ["e8p", "tcq", "lloyd-max"])
+def test_published_bits_per_weight_with_a_trained_part(codebook):
+    """Rank 256 with 64 components in 16 bits: 2.69, whatever codebook of two bits."""
+    parts = [layer_bits(m, n, rank=256, ft_rank=64, codebook=codebook) for m, n in SHAPES]
+    mean = average((p.per_weight, p.weights) for p in parts)
+    assert mean == pytest.approx(2.69, abs=0.006)
+
+
+def test_every_option_by_hand():
+    plain = layer_bits(10, 20, rank=3)
+    assert layer_bits(10, 20, rank=3, rescaled=True).scales == plain.scales + 16 * 20
+    assert layer_bits(10, 20, rank=3, float_signs=True).signs == 16 * 30
+    assert layer_bits(10, 20, rank=3, group=8).scales == plain.scales - 32 + 16 * 10 * 3
+    tuned = layer_bits(10, 20, rank=3, ft_rank=1)
+    assert tuned.factors == 2 * 10 * 4 + 2 * 20 * 4 + 16 * 30
+    assert tuned.scales == 32 + 2 * 16 * 2
+    # E8P factors: two blocks of 32 bits and 4 scalars of 4 bits for R; 1 and 2 for L; two scales
+    lattice = layer_bits(10, 20, rank=3, factor_codebook="e8p")
+    assert lattice.factors == 3 * (2 * 32 + 4 * 4) + 3 * (32 + 2 * 4)
+    assert lattice.scales == 32 + 2 * 16
+    # a trellis of 3 bits: five blocks of four symbols per row, packed as one run
+    assert layer_bits(7, 21, codebook="tcq", q_bits=3).q_codes == 7 * 60 + 4 + 7 * 3 + 3
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    codebook=st.sampled_from(["e8p", "tcq", "lloyd-max"]),
+    q_bits=st.sampled_from([0, 2, 3]),
+    rank=st.integers(1, 6),
+    ft_rank=st.integers(0, 6),
+    factor_bits=st.sampled_from([3, 4, 16]),
+    factor_codebook=st.sampled_from(["lloyd-max", "e8p"]),
+    rotated=st.booleans(),
+    rescaled=st.booleans(),
+)
+def test_counted_bits_are_the_bits_a_layer_stores(m, n, rank, ft_rank, **form):
+    rank = min(rank, m, n)
+    form |= {"rank": rank, "ft_rank": min(ft_rank, rank)}
+    stored = LPLRQuantizedLinear(n, m, **form).stored_bits()
+    assert layer_bits(m, n, **form) == stored
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.floats(0.5, 9), st.sampled_from([3, 4, 16]))
+def test_bisection_finds_what_trying_every_rank_finds(m, n, budget, factor_bits):
+    tried = [
+        rank
+        for rank in range(min(m, n) + 1)
+        if layer_bits(m, n, rank=rank, factor_bits=factor_bits).per_weight <= budget + 1e-9
+    ]
+    found = rank_for_budget(m, n, budget, factor_bits=factor_bits)
+    assert found == max(tried, default=-1)
 
 
 def test_rank_fills_the_budget():
