@@ -16,9 +16,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lplr_q.activation_aware.factors import LowRank, QuantisedFactor, fit_low_rank, quantise_factor
+from lplr_q.activation_aware.factors import (
+    FactorRounding,
+    LowRank,
+    QuantisedFactor,
+    factor_book,
+    fit_low_rank,
+    quantise_factor,
+)
 from lplr_q.activation_aware.initial import odlri_start, srr_split
 from lplr_q.activation_aware.prepared import PreparedHessian
+from lplr_q.activation_aware.refine import refinable, sweep_left, sweep_right
 from lplr_q.activation_aware.shaping import Q_HESSIANS, blind_hessian, covered_directions
 from lplr_q.linalg.ldl import block_ldl
 from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep, ldlq, weighted_loss
@@ -181,9 +189,12 @@ class Alternation:
     def _fit(
         self, target: Tensor, rank: int, start: tuple[Tensor, Tensor] | None = None
     ) -> LowRank:
-        problem = self.problem
+        problem, lower = self.problem, None
         if problem.activation_aware_lr:
             hessian, whitening = problem.prepared.single(), problem.prepared.whitening()
+            if problem.factor_bits != 16:
+                book = factor_book(problem.factor_codebook, problem.factor_bits)
+                lower = problem.prepared.lower_for(book.dim)
         else:
             hessian = torch.eye(target.shape[1]).to(target)
             whitening = cholesky_whitening(hessian)
@@ -192,12 +203,34 @@ class Alternation:
             hessian,
             whitening,
             rank=rank,
-            bits=problem.factor_bits,
-            codebook=problem.factor_codebook,
+            rounding=FactorRounding(problem.factor_bits, problem.factor_codebook, lower),
             inner_iterations=problem.inner_iterations,
             svd=self.svd,
             start=start,
         )
+
+    def refine(self, turn: int) -> None:
+        """One guarded sweep each over the codes of L, R and Q, from the best iterate on."""
+        assert self.best is not None
+        self.state = self.best
+        low, rounding = self.state.low_rank, self.problem.rounding
+        target, hessian = self.problem.target, self.problem.prepared.single()
+        if low is not None and refinable(low):
+            residual = target - self.state.q
+            low = sweep_right(residual, hessian, sweep_left(residual, hessian, low))
+            self.state = self.state.with_low_rank(low)
+            self._record("LR", turn, complete=True)
+        if rounding is not None and self.state.codes:
+            scale = self.state.scale
+            codes, points = guarded_sweep(
+                (target - self.state.lr) / scale,
+                hessian,
+                rounding.blocks,
+                list(self.state.codes),
+                torch.as_tensor(self.state.q) / scale,
+            )
+            self.state = self.state.with_q(codes, scale, points * scale)
+            self._record("Q", turn, complete=True)
 
     def _repair(self) -> None:
         """SRR: the components left over fit W - Q - L R; the first ones stay as they are."""
@@ -265,8 +298,12 @@ def run_alternation(
     init: str = "lr_first",
     q_hessian: str = "plain",
     order: Sequence[str] = ("LR", "Q"),
+    refinements: int = 0,
 ) -> Alternation:
-    """Up to ``rounds`` rounds; ``auto`` settings are decided by measurement in the first one."""
+    """Up to ``rounds`` rounds; ``auto`` settings are decided by measurement in the first one.
+
+    ``refinements`` joint sweeps follow; they stop when one gains less than 1e-4 of the error.
+    """
     wanted = {"LR": problem.rank > 0, "Q": problem.rounding is not None}
     steps = tuple(c for c in order if wanted[c])
     both = len(steps) == 2
@@ -291,12 +328,23 @@ def run_alternation(
         return run
     if q_hessian == "auto":
         run = min((begun(run.init, name) for name in Q_HESSIANS), key=lambda r: r.best_error)
+    turn = _more_rounds(run, rounds)
+    if problem.factor_bits == 16 and run.steps[-1] == "Q":
+        run.update("LR", turn + 1)  # exact factors repair Q's last error; rounded ones would not
+    for extra in range(1, refinements + 1):
+        before = run.best_error
+        run.refine(turn + extra)
+        if before - run.best_error < 1e-4 * before:
+            break
+    return run
+
+
+def _more_rounds(run: Alternation, rounds: int) -> int:
+    """Rounds 2 .. ``rounds``, or until they stop paying; the number of the last one."""
     at_round_end = [run.best_error]
     for turn in range(2, rounds + 1):
         run.round(turn)
         at_round_end.append(run.best_error)
         if _stalled(at_round_end):
-            break
-    if problem.factor_bits == 16 and run.steps[-1] == "Q":
-        run.update("LR", rounds + 1)  # exact factors repair Q's last error; rounded ones would not
-    return run
+            return turn
+    return rounds

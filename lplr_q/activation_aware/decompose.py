@@ -161,6 +161,7 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
     rounds: int = 3,
     inner_iterations: int = 5,
     sweeps: int = 2,
+    refinements: int = 1,
     init: str = "lr_first",
     q_hessian: str = "plain",
     update_order: Sequence[str] = ("LR", "Q"),
@@ -186,6 +187,7 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
         rounds: outer rounds T; stops early when three rounds gain less than 0.1 %.
         inner_iterations: least-squares steps of each factor within one LR step.
         sweeps: guarded sweeps after each pass of LDLQ.
+        refinements: joint guarded sweeps over L, R and Q at the end (when there are both).
         init: ``lr_first``, ``q_first``, ``odlri``, ``srr``, or ``auto``: one round of lr_first and
             of odlri, the better one continues.
         q_hessian: ``plain``, ``downdate``, ``projq``, or ``auto``: each tried for one round.
@@ -255,7 +257,14 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
         activation_aware_lr=activation_aware_lr,
         randomised_svd=randomised_svd,
     )
-    done = run_alternation(problem, rounds=rounds, init=init, q_hessian=q_hessian, order=order)
+    done = run_alternation(
+        problem,
+        rounds=rounds,
+        init=init,
+        q_hessian=q_hessian,
+        order=order,
+        refinements=refinements if feedback and activation_aware_lr else 0,
+    )
     draft = Decomposition(
         shape=(m, n),
         codebook=codebook,
@@ -348,6 +357,8 @@ def _measured(
             rank=draft.rank,
             factor_bits=left.bits if left is not None else 16,
             rotated=draft.signs_out is not None,
+            factor_codebook=left.codebook if left is not None else "lloyd-max",
+            rescaled=draft.rescale is not None,
         ),
     )
 

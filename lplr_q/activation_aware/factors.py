@@ -3,8 +3,13 @@
     L <- q( A H R^T (R H R^T)^-1 )        R <- q( (L^T L)^-1 L^T A )
 
 Each component (column of L, row of R) has its own bfloat16 scale and Lloyd-Max codes. Codebooks of
-several dimensions (``e8p``) take one scale for the whole factor, as the published code does. At
-16 bits the factors are plain bfloat16 without scales.
+several dimensions (``e8p``, ``tcq``) take one scale for the whole factor, as the published code
+does. At 16 bits the factors are plain bfloat16 without scales.
+
+Both factors are rounded with feedback, because each has a Hessian: the loss of rounding R by dR is
+tr(L^T L dR H dR^T), that of dL is tr(dL (R H R^T) dL^T). Balanced factors keep L^T L nearly
+diagonal, so rows of R are rounded one by one under H (LDLQ over the n inputs) and rows of L under
+R H R^T (LDLQ over the r components; scalar codebooks only, others run along the outputs).
 """
 
 from __future__ import annotations
@@ -16,7 +21,8 @@ from jaxtyping import Float, Int16, Int64
 from torch import Tensor
 
 from lplr_q.codebooks.base import Codebook, make_codebook
-from lplr_q.linalg.ldlq import CodebookBlocks, weighted_loss
+from lplr_q.linalg.ldl import block_ldl
+from lplr_q.linalg.ldlq import CodebookBlocks, ldlq, weighted_loss
 from lplr_q.linalg.randsvd import RandomisedSVD
 from lplr_q.linalg.regression import Whitening, rank_constrained_regression
 from workbench.errors import ConfigError
@@ -91,28 +97,53 @@ def decode_factor(
 
 
 def quantise_factor(
-    factor: Float[Tensor, "r length"], bits: int, codebook: str = "lloyd-max"
+    factor: Float[Tensor, "r length"],
+    bits: int,
+    codebook: str = "lloyd-max",
+    *,
+    lower: Float[Tensor, "length length"] | None = None,
 ) -> QuantisedFactor:
     """Round with the rms (of each row, or of the matrix) as scale; the scale is rounded before the
-    codes are chosen."""
+    codes are chosen. ``lower`` is M of the Hessian along a row and adds its feedback."""
     length = factor.shape[1]
     if bits == 16:
         patterns = factor.to(torch.bfloat16).view(torch.int16).long()
         return QuantisedFactor(patterns, torch.empty(0, dtype=torch.int16), 16, codebook, length)
     book = factor_book(codebook, bits)
-    square = factor.float().square()
-    power = square.mean(1) if book.dim == 1 else square.mean()[None]
-    scale = power.sqrt().clamp_min(1e-30).to(torch.bfloat16)
-    unit = factor / scale.to(factor.dtype)[:, None]
-    if book.dim == 1:
+    scale = _stored_scale(factor, book)
+    unit = factor / scale.view(torch.bfloat16).to(factor.dtype)[:, None]
+    blocks = CodebookBlocks(book, length)
+    if lower is not None:
+        codes = torch.cat(ldlq(unit, lower, blocks)[0], dim=1)
+    elif book.dim == 1:
         codes = book.encode((unit * book.opt_scale)[..., None])[..., 0]
     else:
-        blocks = CodebookBlocks(book, length)
-        parts = [
-            blocks.quantise(unit[:, low:high], k)[0] for k, (low, high) in enumerate(blocks.bounds)
-        ]
+        parts = [blocks.quantise(unit[:, a:b], k)[0] for k, (a, b) in enumerate(blocks.bounds)]
         codes = torch.cat(parts, dim=1)
-    return QuantisedFactor(codes, scale.view(torch.int16), bits, codebook, length)
+    return QuantisedFactor(codes, scale, bits, codebook, length)
+
+
+def _stored_scale(factor: Tensor, book: Codebook) -> Tensor:
+    square = factor.float().square()
+    power = square.mean(1) if book.dim == 1 else square.mean()[None]
+    return power.sqrt().clamp_min(1e-30).to(torch.bfloat16).view(torch.int16)
+
+
+def quantise_left(
+    left: Float[Tensor, "m r"], bits: int, codebook: str, normal: Float[Tensor, "r r"] | None
+) -> QuantisedFactor:
+    """L, stored transposed, rounded with the feedback of ``normal`` = R H R^T across components."""
+    if normal is None or bits == 16 or factor_book(codebook, bits).dim > 1:
+        return quantise_factor(left.T.contiguous(), bits, codebook)
+    book = factor_book(codebook, bits)
+    stored = _stored_scale(left.T, book)
+    scale = stored.view(torch.bfloat16).to(left.dtype)
+    scaled = normal.double() * scale.double() * scale.double()[:, None]
+    scaled.diagonal().add_(1e-6 * scaled.diagonal().mean() + 1e-30)
+    lower = block_ldl(scaled, 1).lower
+    codes, _ = ldlq(left / scale, lower, CodebookBlocks(book, left.shape[1]))
+    joined = torch.cat(codes, dim=1).T.contiguous()
+    return QuantisedFactor(joined, stored, bits, codebook, len(left))
 
 
 @dataclass(frozen=True)
@@ -153,14 +184,23 @@ def fit_right(target: Float[Tensor, "m n"], left: Float[Tensor, "m r"]) -> Float
     return _solve(left.T @ left, left.T @ target)
 
 
+@dataclass(frozen=True)
+class FactorRounding:
+    """How L and R are rounded."""
+
+    bits: int = 4
+    codebook: str = "lloyd-max"
+    lower: Float[Tensor, "n n"] | None = None
+    """M of H in blocks of the codebook's width; None rounds without feedback."""
+
+
 def fit_low_rank(
     target: Float[Tensor, "m n"],
     hessian: Float[Tensor, "n n"],
     whitening: Whitening,
     *,
     rank: int,
-    bits: int = 4,
-    codebook: str = "lloyd-max",
+    rounding: FactorRounding | None = None,
     inner_iterations: int = 5,
     svd: RandomisedSVD | None = None,
     start: tuple[Tensor, Tensor] | None = None,
@@ -168,31 +208,53 @@ def fit_low_rank(
     """The best pair met while alternating rounded least squares.
 
     Starts from the closed-form optimum, or from ``start`` = (L, R); ``svd`` replaces the exact
-    singular value decomposition.
+    singular value decomposition. The loss of a pair needs no m x n product:
+    tr(A H A^T) - 2 tr(L^T A H R^T) + tr(L^T L R H R^T).
     """
+    rounding = rounding or FactorRounding()
+    bits, codebook = rounding.bits, rounding.codebook
     if start is None:
         left, right, _ = rank_constrained_regression(target, whitening, rank, svd=svd)
     else:
         left, right = start
+    constant = weighted_loss(target, hessian)
     best: LowRank | None = None
 
-    def consider(l_codes: QuantisedFactor, r_codes: QuantisedFactor) -> None:
+    def consider(l_codes: QuantisedFactor, r_codes: QuantisedFactor, by_right: _ByRight) -> None:
         nonlocal best
-        product = (l_codes.decode().T @ r_codes.decode()).to(target.dtype)
-        loss = weighted_loss(target - product, hessian)
+        lt = l_codes.decode().to(target.dtype)
+        cross = (lt * by_right.cross).sum(dtype=torch.float64)
+        square = ((lt @ lt.T) * by_right.normal).sum(dtype=torch.float64)
+        loss = max(constant - 2 * float(cross) + float(square), 0.0)
         if best is None or loss < best.loss:
             best = LowRank(l_codes, r_codes, loss)
 
-    l_codes = quantise_factor(left.T, bits, codebook)
-    r_codes = quantise_factor(right, bits, codebook)
-    consider(l_codes, r_codes)
-    for step in range(inner_iterations):
-        if step:
-            left = fit_left(target, hessian, r_codes.decode().to(target.dtype))
-            l_codes = quantise_factor(left.T, bits, codebook)
-            consider(l_codes, r_codes)
+    r_codes = quantise_factor(right, bits, codebook, lower=rounding.lower)
+    by_right = _by_right(target, hessian, r_codes)
+    aware = rounding.lower is not None
+    if start is not None or not inner_iterations:
+        consider(quantise_left(left, bits, codebook, None), r_codes, by_right)
+    for _ in range(inner_iterations):
+        left = _solve(by_right.normal, by_right.cross).T
+        l_codes = quantise_left(left, bits, codebook, by_right.normal if aware else None)
+        consider(l_codes, r_codes, by_right)
         right = fit_right(target, l_codes.decode().T.to(target.dtype))
-        r_codes = quantise_factor(right, bits, codebook)
-        consider(l_codes, r_codes)
+        r_codes = quantise_factor(right, bits, codebook, lower=rounding.lower)
+        by_right = _by_right(target, hessian, r_codes)
+        consider(l_codes, r_codes, by_right)
     assert best is not None
     return best
+
+
+@dataclass(frozen=True)
+class _ByRight:
+    """What a given R fixes: R H R^T and R H A^T."""
+
+    normal: Float[Tensor, "r r"]
+    cross: Float[Tensor, "r m"]
+
+
+def _by_right(target: Tensor, hessian: Tensor, r_codes: QuantisedFactor) -> _ByRight:
+    right = r_codes.decode().to(target.dtype)
+    weighted = right @ hessian
+    return _ByRight(weighted @ right.T, weighted @ target.T)

@@ -64,14 +64,14 @@ def test_reported_error_is_that_of_the_decoded_matrix(options, rotated):
 
 def test_history_has_two_entries_per_round():
     weight, hessian = problem()
-    result, _ = run(weight, hessian, rank=2, rounds=2)
+    result, _ = run(weight, hessian, rank=2, rounds=2, refinements=0)
     assert [(h["round"], h["component"]) for h in result.history] == [
         (1, "LR"),
         (1, "Q"),
         (2, "LR"),
         (2, "Q"),
     ]
-    closing, _ = run(weight, hessian, rank=2, rounds=1, factor_bits=16)
+    closing, _ = run(weight, hessian, rank=2, rounds=1, factor_bits=16, refinements=0)
     assert [h["component"] for h in closing.history] == ["LR", "Q", "LR"]
 
 

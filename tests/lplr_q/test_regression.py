@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lplr_q.activation_aware.factors import (
+    FactorRounding,
     decode_factor,
     fit_left,
     fit_low_rank,
@@ -118,7 +119,9 @@ def test_more_inner_iterations_never_hurt():
     target, hessian = problem(40, 32)
     whitening = cholesky_whitening(cholesky(hessian))
     losses = [
-        fit_low_rank(target, hessian, whitening, rank=4, bits=2, inner_iterations=i).loss
+        fit_low_rank(
+            target, hessian, whitening, rank=4, rounding=FactorRounding(2), inner_iterations=i
+        ).loss
         for i in (1, 2, 5, 10)
     ]
     assert losses == sorted(losses, reverse=True)
@@ -128,7 +131,7 @@ def test_sixteen_bit_factors_reach_the_closed_form():
     target, hessian = problem(40, 32)
     whitening = cholesky_whitening(cholesky(hessian))
     tail = rank_constrained_regression(target, whitening, 4)[2][4:].square().sum()
-    result = fit_low_rank(target, hessian, whitening, rank=4, bits=16)
+    result = fit_low_rank(target, hessian, whitening, rank=4, rounding=FactorRounding(16))
     assert result.loss == pytest.approx(float(tail), rel=2e-3)
     product = result.product().double()
     assert result.loss == pytest.approx(weighted_loss(target - product, hessian), rel=1e-5)

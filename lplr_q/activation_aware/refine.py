@@ -1,0 +1,73 @@
+"""Joint refinement: guarded coordinate descent over the codes of L, R and Q in turn.
+
+With two of the three held fixed the loss is a quadratic in the third, so a code is changed only
+where that lowers the loss itself. Unlike another round, which rounds from scratch, this can only
+gain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lplr_q.activation_aware.factors import LowRank, factor_book, fit_left
+from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep
+
+
+def _ridge(normal: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
+    """Small enough to change nothing, and positive even where the factors vanish."""
+    size = 1e-6 * float(normal.diagonal().mean()) + 1e-30
+    return size * torch.eye(len(normal)).to(normal)
+
+
+def sweep_left(
+    target: Float[Tensor, "m n"], hessian: Float[Tensor, "n n"], low: LowRank
+) -> LowRank:
+    """New codes of L where they lower tr((L - L*) R H R^T (L - L*)^T), L* the best L for R."""
+    right = low.right.decode()
+    scale = low.left.scales.view(torch.bfloat16).float()
+    blocks = CodebookBlocks(factor_book(low.left.codebook, low.left.bits), len(scale))
+    normal = (right @ hessian @ right.T) * scale * scale[:, None]
+    codes, _ = guarded_sweep(
+        fit_left(target, hessian, right) / scale,
+        normal + _ridge(normal),
+        blocks,
+        [component[:, None] for component in low.left.codes],
+        low.left.decode().T / scale,
+    )
+    return replace(low, left=replace(low.left, codes=torch.cat(codes, dim=1).T.contiguous()))
+
+
+def sweep_right(
+    target: Float[Tensor, "m n"], hessian: Float[Tensor, "n n"], low: LowRank
+) -> LowRank:
+    """New codes of R, one input (column of R, all components) at a time.
+
+    Column j aims at R_j + (L^T L)^-1 (L^T E H)_j / H_jj and is taken if
+    H_jj d^T (L^T L) d - 2 d^T (L^T E H)_j < 0.
+    """
+    left, right = low.left.decode().T, low.right.decode()
+    scale = low.right.scales.view(torch.bfloat16).float()
+    book = factor_book(low.right.codebook, low.right.bits)
+    normal = left.T @ left
+    inverse = torch.linalg.inv(normal + _ridge(normal))
+    gradient = (left.T @ (target - left @ right)) @ hessian
+    codes, energy = low.right.codes.clone(), hessian.diagonal().tolist()
+    for j in range(right.shape[1] - 1, -1, -1):
+        aim = right[:, j] + inverse @ gradient[:, j] / energy[j]
+        new = book.encode((aim / scale * book.opt_scale)[:, None])[:, 0]
+        points = book.decode(new[:, None])[:, 0] / book.opt_scale * scale
+        delta = points - right[:, j]
+        pull = normal @ delta
+        if float(delta @ (energy[j] * pull - 2 * gradient[:, j])) < 0:
+            right[:, j], codes[:, j] = points, new
+            gradient -= pull[:, None] * hessian[j]
+    return replace(low, right=replace(low.right, codes=codes))
+
+
+def refinable(low: LowRank) -> bool:
+    """Whether the codes of L and R are scalar, each with a scale per component."""
+    return low.left.bits != 16 and factor_book(low.left.codebook, low.left.bits).dim == 1
