@@ -232,14 +232,17 @@ def _random_windows(tokenizer: Any, documents: list[str], run: Run, e: Experimen
     import torch
 
     stream = run.streams("c4")
+    known: dict[int, list[int]] = {}
     chosen = []
     for _ in run.progress(range(C4_WINDOWS), "c4"):
-        for _ in range(10_000):
-            ids = _encode(tokenizer, documents[int(stream.integers(len(documents)))])
-            if len(ids) > e.seqlen:
-                break
-        else:
-            raise DataError(f"c4: no document has more than {e.seqlen} tokens; lower --seqlen")
+        ids: list[int] = []
+        while len(ids) <= e.seqlen:
+            if len(known) == len(documents) and all(len(i) <= e.seqlen for i in known.values()):
+                raise DataError(f"c4: no document has more than {e.seqlen} tokens; lower --seqlen")
+            number = int(stream.integers(len(documents)))
+            if number not in known:
+                known[number] = _encode(tokenizer, documents[number])
+            ids = known[number]
         at = int(stream.integers(len(ids) - e.seqlen))
         chosen.append(torch.tensor(ids[at : at + e.seqlen]))
     return torch.stack(chosen)

@@ -28,6 +28,7 @@ from lplr_q.finetuning import (
     together,
     token_blocks,
     tuning_groups,
+    widest,
 )
 from workbench.cli import cli
 from workbench.errors import ConfigError
@@ -102,7 +103,8 @@ def _tune(run: Run, e: Experiment) -> dict[str, Any]:
     if distributed.rank() == 0:
         comparison.judge("original", teacher, 16.0)
         comparison.judge("compressed", student, stored_bits(student))
-    parameters = make_trainable(student, signs=e.train_signs, ft_rank=e.ft_rank)
+    rank = widest(student, e.ft_rank, run) if e.ft_rank else 0
+    parameters = make_trainable(student, signs=e.train_signs, ft_rank=rank)
     targets = Targets(run, e, teacher, tokens)
     training = torch.nonzero(~validation).flatten().tolist()
     judged = torch.nonzero(validation).flatten().tolist()
@@ -131,12 +133,9 @@ def _tune(run: Run, e: Experiment) -> dict[str, Any]:
     tuned = save_tuned(run, e, student, tokenizer)
     comparison.judge("tuned", tuned, stored_bits(tuned))
     label = "cross-entropy to the teacher (nats per token)"
-    return finish_perplexity(run, e, _what(e), comparison, progress, label)
-
-
-def _what(e: Experiment) -> str:
     parts = ["signs"] if e.train_signs else []
-    return " and ".join([*parts, f"{e.ft_rank} components"] if e.ft_rank else parts)
+    what = " and ".join([*parts, f"{rank} components"] if rank else parts)
+    return finish_perplexity(run, e, what, comparison, progress, label)
 
 
 def _rows_of(tokenizer: Any, e: Experiment) -> tuple[Tensor, Tensor, Tensor]:
