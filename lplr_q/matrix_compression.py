@@ -262,7 +262,7 @@ def run_neighbours(run: Run, experiment: Experiment) -> tuple[dict[str, Any], st
         figures.neighbour_figure(rows, experiment.k),
         rows,
         caption=f"Neighbours found among compressed vectors; n = {experiment.queries} queries; "
-        "95 % intervals of the accuracy are in the table.",
+        "grey: 95 % interval of the exact vote, the others are in the table.",
         alt=f"Recall and accuracy by bits per entry. {words}.",
     )
     values = {

@@ -89,7 +89,7 @@ def image_figure(rows: Sequence[Row]) -> Any:
 
 def neighbour_figure(rows: Sequence[Row], k: int) -> Any:
     """Recall and accuracy against the budget, a column per source of vectors."""
-    from workbench.plots import line_plot, new_figure
+    from workbench.plots import GRID, line_plot, new_figure
 
     sources = list(dict.fromkeys(row["source"] for row in rows))
     figure, axes = new_figure(4.2 * len(sources), 6.2, rows=2, columns=len(sources))
@@ -116,6 +116,9 @@ def neighbour_figure(rows: Sequence[Row], k: int) -> Any:
             xlabel="bits per entry",
             ylabel=f"accuracy of the vote of {k}",
             reference={f"exact {exact['accuracy']:.3f}": exact["accuracy"]},
+        )
+        column[1].axhspan(
+            exact["accuracy_low"], exact["accuracy_high"], color=GRID, alpha=0.6, linewidth=0
         )
         for panel in column:
             panel.set_xticks(sorted({row["naive_bits"] for row in drawn}))

@@ -21,7 +21,6 @@ from lplr_q.data_agnostic.compressed import (
     check_matrix,
     check_rank,
     fit_affine,
-    relative_error,
 )
 from lplr_q.data_agnostic.lplr import compress_lplr, right_for
 from workbench.errors import ConfigError
@@ -31,14 +30,18 @@ def alternate(
     matrix: Float[Tensor, "n d"], term: Term, iterations: int, bits: int, bits_right: int
 ) -> Term:
     """The best pair met while L = Q(A R^+) and R = Q'(L^+ A) are refitted in turn."""
-    best, error = term, relative_error(matrix, term.product(matrix.dtype))
+    best, loss = term, _loss(matrix, term)
     for _ in range(iterations):
         left = right_for(matrix.T, term.right.transpose(), bits).transpose()
         term = Term(left, right_for(matrix, left, bits_right))
-        now = relative_error(matrix, term.product(matrix.dtype))
-        if now < error:
-            best, error = term, now
+        now = _loss(matrix, term)
+        if now < loss:
+            best, loss = term, now
     return best
+
+
+def _loss(matrix: Tensor, term: Term) -> float:
+    return float((matrix - term.product(matrix.dtype)).square().sum())
 
 
 def compress_iterative(
@@ -66,6 +69,7 @@ def compress_iterative(
         raise ConfigError(f"rounds={rounds} for rank {rank}; every round needs a component")
     bits_right = bits if bits_right is None else bits_right
     residual, terms, history = matrix, [], []
+    size = max(float(torch.linalg.vector_norm(matrix)), 1e-300)
     edges = [rank * k // rounds for k in range(rounds + 1)]
     for low, high in pairwise(edges):
         first = compress_lplr(
@@ -79,7 +83,7 @@ def compress_iterative(
         ).terms[0]
         term = alternate(residual, first, inner_iterations, bits, bits_right)
         rest = residual - term.product(matrix.dtype)
-        error = relative_error(matrix, matrix - rest)
+        error = float(torch.linalg.vector_norm(rest)) / size
         if terms and error >= history[-1]:
             continue
         residual = rest
