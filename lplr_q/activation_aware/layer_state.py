@@ -162,11 +162,15 @@ def unpack_codes(
         per_row, bits = whole * len(book.streams), book.streams[0]
         flat = _unpack_rows(codes[0], bits, per_row, low, rows)
         found = flat.reshape(rows, whole, len(book.streams))
-    rest = None
-    if tail is not None:
-        count = width % book.dim
-        rest = _unpack_rows(tail, int(book.bits), count, low, rows).reshape(rows, count)
-    return found, rest
+    return found, None if tail is None else unpack_tail(tail, book, width, low, high)
+
+
+def unpack_tail(
+    tail: Tensor, book: Codebook, width: int, low: int, high: int
+) -> Int64[Tensor, "rows t"]:
+    """Scalar codes of the last columns of the rows ``low`` to ``high``."""
+    count = width % book.dim
+    return _unpack_rows(tail, int(book.bits), count, low, high - low).reshape(high - low, count)
 
 
 def _unpack_rows(packed: Tensor, bits: int, per_row: int, low: int, rows: int) -> Tensor:

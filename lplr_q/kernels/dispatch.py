@@ -1,15 +1,56 @@
-"""Which compiled form multiplies a few activations with a coded matrix, if any."""
+"""Which compiled form decodes or multiplies a coded matrix, if any."""
 
 from __future__ import annotations
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
+
+from lplr_q.activation_aware.layer_state import decode_rows, unpack_tail
+from lplr_q.codebooks.base import make_codebook
+from lplr_q.kernels import cpu
+from lplr_q.linalg.ldlq import CodebookBlocks
 
 MAX_BATCH = 8
 """Rows of activations up to which decoding inside the product pays."""
 
 
+def rows(
+    codes: list[Tensor],
+    tail: Tensor | None,
+    name: str,
+    bits: int,
+    shape: tuple[int, int],
+    low: int,
+    high: int,
+) -> Float[Tensor, "rows n"]:
+    """:func:`decode_rows`, in C where that is possible: the same values."""
+    m, n = shape
+    book = make_codebook(name, bits)
+    if tail is not None or not cpu.usable(codes, book):
+        return decode_rows(codes, tail, name, bits, n, low, high)
+    scale = CodebookBlocks(book, n).scale
+    return cpu.decode(codes, book, scale, n // book.dim, (m, low, high))
+
+
 def gemv(
-    x: Tensor, codes: list[Tensor], tail: Tensor | None, scale: Tensor, book: str, bits: int, m: int
-) -> Tensor | None:
+    x: Float[Tensor, "batch n"],
+    codes: list[Tensor],
+    tail: Tensor | None,
+    scale: Tensor,
+    name: str,
+    bits: int,
+    m: int,
+) -> Float[Tensor, "batch m"] | None:
     """The product by a compiled kernel, or None when there is none for this form."""
-    return None
+    book, n = make_codebook(name, bits), x.shape[1]
+    if x.shape[0] > MAX_BATCH or x.dtype == torch.float64 or not cpu.usable(codes, book):
+        return None
+    blocks = CodebookBlocks(book, n)
+    whole = n // book.dim
+    y = cpu.multiply(x[:, : whole * book.dim], codes, book, blocks.scale, whole, m)
+    if tail is not None and blocks.tail_codebook is not None:
+        rest = unpack_tail(tail, book, n, 0, m)
+        points = blocks.tail_codebook.decode(rest[..., None])[..., 0]
+        y += x[:, whole * book.dim :].float() @ points.T
+    return y.mul_(scale.view(y.dtype)).to(x.dtype)

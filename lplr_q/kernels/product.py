@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lplr_q.activation_aware.layer_state import ROW_TILE, decode_rows, unpack_factor
-from lplr_q.kernels.dispatch import gemv
+from lplr_q.activation_aware.layer_state import ROW_TILE, unpack_factor
+from lplr_q.kernels.dispatch import gemv, rows
 
-TILE_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+TILE_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Weights decoded at a time, per kind of device, when the layer does not say."""
 
 
 def tile_of(tile_rows: int, n: int, device: torch.device) -> int:
-    """Rows per tile: ``tile_rows`` rounded up to whole tiles of 16, or what fits the budget."""
+    """Rows per tile: ``tile_rows`` rounded up to whole tiles, or what fits the budget."""
     wanted = tile_rows or TILE_WEIGHTS.get(device.type, 1 << 22) // max(n, 1)
     return max(1, -(-wanted // ROW_TILE)) * ROW_TILE
 
@@ -31,7 +31,7 @@ def _tiles(
 ) -> Iterator[tuple[int, int, Tensor]]:
     for low in range(0, m, tile):
         high = min(low + tile, m)
-        yield low, high, decode_rows(codes, tail, book, bits, n, low, high)
+        yield low, high, rows(codes, tail, book, bits, (m, n), low, high)
 
 
 @torch.library.custom_op("lplr_q::product", mutates_args=())
@@ -55,8 +55,8 @@ def product(
     factor = scale.view(torch.float32)
     tile = tile_of(tile_rows, n, device)
     out = x.new_empty(x.shape[0], m)
-    for low, high, rows in _tiles(codes, tail, book, bits, m, n, tile):
-        out[:, low:high] = x @ rows.mul_(factor).to(x.dtype).T
+    for low, high, part in _tiles(codes, tail, book, bits, m, n, tile):
+        out[:, low:high] = x @ part.mul_(factor).to(x.dtype).T
     return out
 
 
@@ -90,8 +90,8 @@ def product_back(
     m, factor = grad.shape[1], scale.view(torch.float32)
     out = grad.new_zeros(grad.shape[0], n)
     tile = tile_of(tile_rows, n, grad.device)
-    for low, high, rows in _tiles(codes, tail, book, bits, m, n, tile):
-        out += grad[:, low:high] @ rows.mul_(factor).to(grad.dtype)
+    for low, high, part in _tiles(codes, tail, book, bits, m, n, tile):
+        out += grad[:, low:high] @ part.mul_(factor).to(grad.dtype)
     return out
 
 
