@@ -1,0 +1,1 @@
+"""Names and block-wise quantisers."""
