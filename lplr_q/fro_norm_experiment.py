@@ -283,7 +283,9 @@ def main(experiment: Experiment) -> dict[str, Any]:
         model, tokenizer = run.load_model(experiment.model, dtype=None)
         data = DataParameters(
             devset=experiment.calibration,
-            devset_size=experiment.calibration_tokens // experiment.length,
+            devset_size=experiment.calibration_tokens
+            // experiment.length
+            * len(experiment.calibration),
             context_length=experiment.length,
             batch_size=experiment.batch_size,
             seed=experiment.seed,

@@ -202,55 +202,71 @@ class ActivationAwareLayerQuant:
             bits_per_weight=None if result.bits is None else result.bits.per_weight,
         )
 
-    def export_errors_json(
-        self, path: Path | str, sublayer: Enum | str | None = None
-    ) -> list[Path]:
-        """Write the errors of one sublayer into a file, or of all finished ones into a folder.
+    def export_errors_json(self, sublayer: Enum | str | None, savefile: Path | str) -> list[Path]:
+        """Write the errors of a sublayer into a file; with None, of all finished ones into a
+        folder. ``.json`` is added where it is missing.
+
+        Raises:
+            ConfigError: nothing has been compressed.
+        """
+        path = Path(savefile)
+        if sublayer is not None:
+            named = path if path.suffix == ".json" else path.with_name(path.name + ".json")
+            return [storage.write_json(named, self.errors(sublayer))]
+        return [
+            storage.write_json(path / f"layer_{self.layer_idx:03d}.{name}.json", self.errors(name))
+            for name in self._finished()
+        ]
+
+    def plot_errors(
+        self,
+        sublayer: Enum | str | None = None,
+        plot_first_iter: bool = True,
+        savefile: Path | str | None = None,
+    ) -> Figure:
+        """Error after every sub-step, log y: of a sublayer, one line per component; with None, of
+        all finished ones, one line each.
 
         Raises:
             ConfigError: nothing has been compressed.
         """
         if sublayer is not None:
-            return [storage.write_json(Path(path), self.errors(sublayer))]
-        done = [name for name, info in self._infos.items() if info.decomposition is not None]
-        if not done:
-            raise ConfigError(f"layer {self.layer_idx}: nothing has been compressed yet")
-        return [
-            storage.write_json(
-                Path(path) / f"layer_{self.layer_idx:03d}.{name}.json", self.errors(name)
-            )
-            for name in done
-        ]
-
-    def plot_errors(self, sublayers: Iterable[Enum | str] | None = None) -> Figure:
-        """Error after every sub-step of the finished sublayers, log y.
-
-        Raises:
-            ConfigError: nothing has been compressed.
-        """
-        wanted = (
-            [name for name, info in self._infos.items() if info.decomposition is not None]
-            if sublayers is None
-            else [self.info(s).sublayer for s in sublayers]
-        )
-        if not wanted:
-            raise ConfigError(f"layer {self.layer_idx}: nothing has been compressed yet")
-        rows = [row for name in wanted for row in step_rows(self.errors(name), name)]
-        return error_figure(rows, title=self.label)
+            rows = component_rows(self.errors(sublayer))
+            title = f"{self.label}, {self.info(sublayer).sublayer}"
+        else:
+            rows = [row for name in self._finished() for row in step_rows(self.errors(name), name)]
+            title = self.label
+        return error_figure(rows, title=title, first=plot_first_iter, savefile=savefile)
 
     @staticmethod
-    def plot_errors_json(paths: Path | str | Iterable[Path | str], title: str = "") -> Figure:
-        """The same figure from files (or a folder of files) that were exported.
+    def plot_errors_json(
+        file: Path | str | Iterable[Path | str],
+        plot_first_iter: bool = True,
+        savefile: Path | str | None = None,
+    ) -> Figure:
+        """The same figures from files (or a folder of files) that were exported.
 
         Raises:
             DataError: no file, or one that holds no errors; names file and field.
         """
-        files = error_files(paths)
-        rows = []
-        for file in files:
-            record = read_errors(file)
-            rows += step_rows(record, f"{record['layer_idx']} {record['sublayer']}")
-        return error_figure(rows, title=title)
+        records = [read_errors(path) for path in error_files(file)]
+        if len(records) == 1:
+            rows = component_rows(records[0])
+            title = f"layer {records[0]['layer_idx']}, {records[0]['sublayer']}"
+        else:
+            title = ""
+            rows = [
+                row
+                for record in records
+                for row in step_rows(record, f"{record['layer_idx']} {record['sublayer']}")
+            ]
+        return error_figure(rows, title=title, first=plot_first_iter, savefile=savefile)
+
+    def _finished(self) -> list[str]:
+        done = [name for name, info in self._infos.items() if info.decomposition is not None]
+        if not done:
+            raise ConfigError(f"layer {self.layer_idx}: nothing has been compressed yet")
+        return done
 
 
 # ---------------------------------------------------------------- one matrix, by its parameters
@@ -368,23 +384,45 @@ def step_rows(record: Mapping[str, Any], series: str) -> list[dict[str, Any]]:
     ]
 
 
-def error_figure(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> Figure:
-    """Relative activation-aware error after every sub-step, one line per series, log y."""
+def component_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The same with one series per component, by round."""
+    return [
+        {**row, "series": f"after {row['component']}", "step": row["round"]}
+        for row in step_rows(record, "")
+    ]
+
+
+def error_figure(
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    title: str = "",
+    first: bool = True,
+    savefile: Path | str | None = None,
+) -> Figure:
+    """Relative activation-aware error by step, one line per series, log y.
+
+    Without ``first`` the first round is left out where there is another one.
+    """
+    from matplotlib.ticker import MaxNLocator
+
     from workbench.plots import line_plot, new_figure
 
+    if not first and any(row["round"] > 1 for row in rows):
+        rows = [row for row in rows if row["round"] > 1]
     figure, axes = new_figure(6.4, 3.8)
-    components = list(dict.fromkeys(row["component"] for row in rows))
+    by_round = all(row["step"] == row["round"] for row in rows)
     line_plot(
         axes,
         rows,
         x="step",
         y="error",
         series="series",
-        xlabel=f"sub-step ({', '.join(components)} in turn)",
+        xlabel="round" if by_round else "sub-step",
         ylabel="relative activation-aware error e (log)",
         title=title,
         log="y",
     )
-    last = max(int(row["step"]) for row in rows)
-    axes.set_xticks(range(1, last + 1, max(1, last // 12)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if savefile is not None:
+        figure.savefig(Path(savefile), dpi=200)
     return figure

@@ -20,7 +20,6 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +41,10 @@ from lplr_q.activation_aware.discovery import (
 from lplr_q.activation_aware.hessian import collect_hessians
 from lplr_q.activation_aware.layer_quantization import ActivationAwareLayerQuant
 from lplr_q.activation_aware.moments import Calibration, load_hessians
-from lplr_q.evaluate import load_blocks
+from lplr_q.calibration import calibration_blocks, fingerprint
 from lplr_q.weights import CONV1D_LAYERS, FolderWeights, ModuleWeights
 from workbench.errors import ConfigError, DataError
-from workbench.models import load_model, resolve, weights_digest
+from workbench.models import load_model, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,6 +64,7 @@ class ActivationAwareWeightCompressor:
         stop_layer: the first one that is not; None: up to the last.
         compute_hessians: False says that they are there.
         seed: of the random signs.
+        quant_device: where matrices are decomposed unless `get_layer_quantizer` is told.
         model, tokenizer: in place of loading ``model_params.base_model``.
         progress: wraps the loop over blocks, e.g. ``tqdm``.
 
@@ -84,6 +84,7 @@ class ActivationAwareWeightCompressor:
         compute_hessians: bool = True,
         *,
         seed: int = 0,
+        quant_device: torch.device | str | None = None,
         model: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         progress: Callable[[Iterable], Iterator] = iter,
@@ -96,6 +97,7 @@ class ActivationAwareWeightCompressor:
         self.quant_params = quant_params
         self.hessian_save_path = Path(hessian_save_path)
         self.start_layer, self.stop_layer, self.seed = start_layer, stop_layer, seed
+        self.quant_device = quant_device
         self._model, self._tokenizer = model, tokenizer
         self._weights: ModuleWeights | FolderWeights | None = None
         if compute_hessians:
@@ -149,20 +151,6 @@ class ActivationAwareWeightCompressor:
 
     # ------------------------------------------------------------ Hessians
 
-    def _fingerprint(self) -> dict[str, Any]:
-        """What the Hessians depend on."""
-        data, model = self.data_params, self.model_params
-        return {
-            "model": weights_digest(self.model),
-            "devset": list(data.sources()),
-            "devset_size": data.devset_size,
-            "context_length": data.context_length,
-            "split": data.split,
-            "seed": data.seed,
-            "include": model.include,
-            "exclude": model.exclude,
-        }
-
     def _collect(self, progress: Callable[[Iterable], Iterator]) -> Calibration:
         model, data = self.model, self.data_params
         self._require_blocks(len(decoder_blocks(model)[1]))
@@ -172,8 +160,8 @@ class ActivationAwareWeightCompressor:
             data,
             include=self._include(),
             exclude=self.model_params.exclude,
+            name=self.model_params.base_model,
             folder=self.hessian_save_path,
-            fingerprint=self._fingerprint(),
             progress=progress,
         )
 
@@ -237,7 +225,7 @@ class ActivationAwareWeightCompressor:
             weight_of=self.weights,
             moment_of=self.calibration.of,
             bias_of=lambda name: bias_of(self.weights, name),
-            device=device,
+            device=device if device is not None else self.quant_device,
             label=label,
             seed=self.seed,
         )
@@ -336,32 +324,25 @@ def collect_calibration(
     *,
     include: str = ".*",
     exclude: str | None = None,
+    name: str = "",
     folder: Path | None = None,
-    fingerprint: dict[str, Any] | None = None,
     progress: Callable[[Iterable], Iterator] = iter,
 ) -> Calibration:
-    """Hessians from the text that ``data`` names, as much of each source as it says; written into
-    ``folder`` block by block where one is given."""
-    parts = [
-        load_blocks(
-            tokenizer,
-            source,
-            tokens=data.devset_size * data.context_length,
-            length=data.context_length,
-            split=data.split,
-            seed=data.seed,
-        )
-        for source in data.sources()
-    ]
+    """Hessians from the text that ``data`` names; written into ``folder`` block by block where one
+    is given, under the ``name`` of the model."""
+    tokens, counted = calibration_blocks(data, tokenizer)
+    origin = None
+    if folder is not None:
+        origin = fingerprint(name, model, tokens, counted, include=include, exclude=exclude)
     return collect_hessians(
         model,
-        torch.cat([part.tokens for part in parts]),
-        mask=torch.cat([part.counted for part in parts]),
+        tokens,
+        mask=counted,
         batch_size=data.batch_size,
         include=include,
         exclude=exclude,
         folder=folder,
-        fingerprint=fingerprint,
+        fingerprint=origin,
         progress=progress,
     )
 
@@ -387,7 +368,6 @@ def calibration_of_run(
             data,
             include=include,
             folder=run.path("hessians"),
-            fingerprint={**asdict(data), "include": include},
             progress=lambda items: run.progress(items, "hessians"),
         )
     for line in calibration.warnings():
