@@ -53,6 +53,7 @@ from lplr_q.settings import (
     settings_for,
 )
 from lplr_q.weights import FolderWeights, ModuleWeights, Weights
+from workbench import storage
 from workbench.errors import DataError
 from workbench.seeding import Streams
 
@@ -356,6 +357,7 @@ def compress_model(
         todo = [g for g in busy if any(read_record(folder, n) is None for n in g.names)]
         if todo:
             time.sleep(1)  # another process is at these; look again until they are done
+    storage.sweep_litter(folder / "work")  # of killed processes; nobody writes here any more
     return {name: _record(folder, name) for group in groups for name in group.names}
 
 

@@ -40,6 +40,7 @@ from lplr_q.activation_aware.moments import (
     save_hessians,
     write_block,
 )
+from workbench import storage
 from workbench.errors import ConfigError, DataError
 
 __all__ = [
@@ -401,6 +402,8 @@ def collect_hessians(
     for block in stream_blocks(model, tokens, skip=lambda index: index in stored, **options):
         if distributed.rank() == 0:
             write_block(folder, block.index, block.calibration)
+    if distributed.rank() == 0:
+        storage.sweep_litter(folder)  # of killed processes
     distributed.barrier()
     return load_hessians(folder)
 

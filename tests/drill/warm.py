@@ -96,7 +96,8 @@ class Trial:
         def save_file(tensors: Any, filename: Any, metadata: Any = None) -> None:
             self.event(str(filename))
             real_save(tensors, filename, metadata=metadata)
-            if self.active and self.fault == "kill" and self.count + 1 == self.strike_at:
+            due = self.count + 1 == self.strike_at and self.label.startswith(self.within)
+            if self.active and self.fault == "kill" and due:
                 os.truncate(filename, os.path.getsize(filename) // 2)
             self.event(str(filename))
 
