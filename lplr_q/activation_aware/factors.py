@@ -25,6 +25,7 @@ from lplr_q.linalg.ldl import block_ldl
 from lplr_q.linalg.ldlq import CodebookBlocks, ldlq, weighted_loss
 from lplr_q.linalg.randsvd import RandomisedSVD
 from lplr_q.linalg.regression import Whitening, rank_constrained_regression
+from lplr_q.linalg.scalar_ldlq import scalar_ldlq
 from workbench.errors import ConfigError
 
 FACTOR_BITS = (1, 2, 3, 4, 5, 6, 7, 8, 16)
@@ -113,7 +114,10 @@ def quantise_factor(
     scale = _stored_scale(factor, book)
     unit = factor / scale.view(torch.bfloat16).to(factor.dtype)[:, None]
     blocks = CodebookBlocks(book, length)
-    if lower is not None:
+    levels = ascending_levels(book)
+    if lower is not None and levels is not None and unit.device.type == "cpu":
+        codes = scalar_ldlq(unit, lower, levels)
+    elif lower is not None:
         codes = torch.cat(ldlq(unit, lower, blocks)[0], dim=1)
     elif book.dim == 1:
         codes = book.encode((unit * book.opt_scale)[..., None])[..., 0]
@@ -121,6 +125,14 @@ def quantise_factor(
         parts = [blocks.quantise(unit[:, a:b], k)[0] for k, (a, b) in enumerate(blocks.bounds)]
         codes = torch.cat(parts, dim=1)
     return QuantisedFactor(codes, scale, bits, codebook, length)
+
+
+def ascending_levels(book: Codebook) -> Float[Tensor, " levels"] | None:
+    """Levels of a scalar codebook in unit-rms units, or None when its codes are not in order."""
+    if book.dim > 1 or len(book.streams) != 1:
+        return None
+    levels = book.decode(torch.arange(2 ** int(book.bits))[:, None])[:, 0] / book.opt_scale
+    return levels if bool((levels[1:] > levels[:-1]).all()) else None
 
 
 def _stored_scale(factor: Tensor, book: Codebook) -> Tensor:

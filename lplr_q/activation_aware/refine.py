@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lplr_q.activation_aware.factors import LowRank, factor_book, fit_left
+from lplr_q.activation_aware.factors import LowRank, ascending_levels, factor_book, fit_left
 from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep
 
 
@@ -47,27 +48,52 @@ def sweep_right(
     """New codes of R, one input (column of R, all components) at a time.
 
     Column j aims at R_j + (L^T L)^-1 (L^T E H)_j / H_jj and is taken if
-    H_jj d^T (L^T L) d - 2 d^T (L^T E H)_j < 0.
+    H_jj d^T (L^T L) d - 2 d^T (L^T E H)_j < 0. The steps run on NumPy views, see
+    :mod:`lplr_q.linalg.scalar_ldlq`.
     """
     left, right = low.left.decode().T, low.right.decode()
-    scale = low.right.scales.view(torch.bfloat16).float()
-    book = factor_book(low.right.codebook, low.right.bits)
     normal = left.T @ left
     inverse = torch.linalg.inv(normal + _ridge(normal))
-    gradient = (left.T @ (target - left @ right)) @ hessian
-    codes, energy = low.right.codes.clone(), hessian.diagonal().tolist()
-    for j in range(right.shape[1] - 1, -1, -1):
-        aim = right[:, j] + inverse @ gradient[:, j] / energy[j]
-        new = book.encode((aim / scale * book.opt_scale)[:, None])[:, 0]
-        points = book.decode(new[:, None])[:, 0] / book.opt_scale * scale
-        delta = points - right[:, j]
-        pull = normal @ delta
-        if float(delta @ (energy[j] * pull - 2 * gradient[:, j])) < 0:
-            right[:, j], codes[:, j] = points, new
-            gradient -= pull[:, None] * hessian[j]
+    levels = ascending_levels(factor_book(low.right.codebook, low.right.bits))
+    assert levels is not None
+    gradient = ((left.T @ (target - left @ right)) @ hessian).T.contiguous()
+    arrays = (normal, inverse, low.right.scales.view(torch.bfloat16).float(), levels, hessian)
+    chosen = _descend(
+        right.T.contiguous().cpu().numpy(),
+        gradient.cpu().numpy(),
+        low.right.codes.T.contiguous().cpu().numpy(),
+        *(array.cpu().numpy() for array in arrays),
+    )
+    codes = torch.from_numpy(chosen).T.contiguous().to(low.right.codes.device)
     return replace(low, right=replace(low.right, codes=codes))
+
+
+def _descend(
+    rows: np.ndarray,
+    gradient: np.ndarray,
+    codes: np.ndarray,
+    normal: np.ndarray,
+    inverse: np.ndarray,
+    scale: np.ndarray,
+    levels: np.ndarray,
+    hessian: np.ndarray,
+) -> np.ndarray:
+    """The steps of :func:`sweep_right` on R^T, (L^T E H)^T and the codes of R^T."""
+    rows, codes, bounds = rows.copy(), codes.copy(), (levels[1:] + levels[:-1]) / 2
+    for j in range(len(rows) - 1, -1, -1):
+        aim = rows[j] + (inverse @ gradient[j]) / hessian[j, j]
+        new = np.searchsorted(bounds, aim / scale)
+        points = levels[new] * scale
+        delta = points - rows[j]
+        pull = normal @ delta
+        if float(delta @ (hessian[j, j] * pull - 2 * gradient[j])) < 0:
+            rows[j], codes[j] = points, new
+            gradient -= hessian[j][:, None] * pull
+    return codes
 
 
 def refinable(low: LowRank) -> bool:
     """Whether the codes of L and R are scalar, each with a scale per component."""
-    return low.left.bits != 16 and factor_book(low.left.codebook, low.left.bits).dim == 1
+    if low.left.bits == 16:
+        return False
+    return ascending_levels(factor_book(low.left.codebook, low.left.bits)) is not None

@@ -6,7 +6,7 @@
 What the best rank-r approximation leaves is |Y|^2 - sum_{i<=r} S_i^2. The subspace gives Ritz
 values below the S_i, hence a loss that can only fall from one power iteration to the next. The
 falls shrink geometrically; their sum to come is estimated from the last two, and iteration ends
-when it is below ``tolerance`` of the loss. If that does not happen in time, the exact
+when it is well below ``tolerance`` of the loss. If that does not happen in time, the exact
 decomposition is computed.
 """
 
@@ -36,7 +36,7 @@ class RandomisedSVD:
     """Largest loss above the optimum's, relative."""
     power_iterations: int = 2
     """At least so many from a cold start."""
-    limit: int = 8
+    limit: int = 12
     """Power iterations after which the exact decomposition is used."""
     subspace: Tensor | None = None
     """Right vectors of the previous call."""
@@ -66,21 +66,27 @@ class RandomisedSVD:
             small = matrix.T @ left  # (n, width)
             basis, values, turned = torch.linalg.svd(small, full_matrices=False)
             losses.append(total - float(values[:rank].double().square().sum()))
-            if turn > least and self._settled(losses, total):
+            decay = float(values[-1] / values[rank - 1].clamp_min(1e-30)) ** 4
+            if turn > least and self._settled(losses, total, decay):
                 self.subspace = basis
                 self.log.append(f"{'warm' if warm else 'cold'} {turn}")
                 return left @ turned.T[:, :rank], values[:rank], basis[:, :rank].T
         return self._exact(matrix, rank)
 
-    def _settled(self, losses: list[float], total: float) -> bool:
-        """Whether the falls still to come are below ``tolerance`` of the loss."""
+    def _settled(self, losses: list[float], total: float, decay: float) -> bool:
+        """Whether the falls still to come are below a third of ``tolerance``.
+
+        They shrink at least as slowly as the last two did, and as (S_{r+p} / S_r)^4, the rate of
+        subspace iteration for the last component wanted.
+        """
         fall = losses[-2] - losses[-1]
         if fall <= 1e-7 * total:  # float32 resolves no less
             return True
-        ratio = 0.5
+        ratio = decay
         if len(losses) > 2 and losses[-3] > losses[-2]:
-            ratio = min(0.9, max(0.0, fall / (losses[-3] - losses[-2])))
-        return fall * ratio / (1 - ratio) <= self.tolerance * losses[-1]
+            ratio = max(ratio, fall / (losses[-3] - losses[-2]))
+        ratio = min(0.95, ratio)
+        return fall * ratio / (1 - ratio) <= self.tolerance / 3 * losses[-1]
 
     def _exact(self, matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         u, s, zt = torch.linalg.svd(matrix, full_matrices=False)
