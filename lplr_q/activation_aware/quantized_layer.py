@@ -18,14 +18,13 @@ from lplr_q.activation_aware.decompose import Decomposition, rotation_kind
 from lplr_q.activation_aware.layer_state import (
     Form,
     SignForm,
-    decode_rows,
     float_signs,
     pack_decomposition,
     trained_value,
 )
 from lplr_q.bits import LayerBits
-from lplr_q.kernels.product import coded_factor, product
-from lplr_q.linalg.hadamard import rotate_rows, unrotate_rows
+from lplr_q.kernels.product import coded_factor, matrix, product, theta
+from lplr_q.linalg.hadamard import unrotate_rows
 from lplr_q.pack import pack_signs, unpack_signs
 from workbench.errors import ConfigError, DataError
 
@@ -240,8 +239,7 @@ class LPLRQuantizedLinear(nn.Module):
         form, m, n = self.form, self.out_features, self.in_features
         codes, tail = self.codes("q")
         if form.q_bits:
-            total = decode_rows(codes, tail, form.codebook, form.q_bits, n, 0, m)
-            total = total * self.q_scale.view(torch.float32)
+            total = matrix(codes, tail, self.q_scale, form.codebook, form.q_bits, m, n)
         else:
             total = torch.zeros(m, n, device=next(self.buffers(), self.bias).device)
         for left, right in self._factors():
@@ -250,13 +248,13 @@ class LPLRQuantizedLinear(nn.Module):
 
     def dequantize(self) -> Float[Tensor, "m n"]:
         """The dense matrix in its own basis, float32."""
-        matrix = self._rotated_matrix()
+        dense = self._rotated_matrix()
         if self.form.rotated:
             signs_out, signs_in = self.signs()
-            matrix = unrotate_rows(matrix, signs_in)
-            matrix = unrotate_rows(matrix.T, signs_out).T.contiguous()
+            dense = theta(dense, True) * signs_in
+            dense = (theta(dense.T, True) * signs_out).T.contiguous()
         divisor = self.input_divisor()
-        return matrix if divisor is None else matrix / divisor
+        return dense if divisor is None else dense / divisor
 
     @property
     def weight(self) -> Float[Tensor, "m n"]:
@@ -299,13 +297,13 @@ class LPLRQuantizedLinear(nn.Module):
             sign = self._keep(
                 "signs_in", torch.float32, lambda: self._sign("signs_in", self.in_features)
             )
-            inner = rotate_rows(inner.float(), sign)
+            inner = theta(inner.float() * sign, False)
         y = self._product(inner.to(x.dtype))
         if self.form.rotated:
             sign = self._keep(
                 "signs_out", torch.float32, lambda: self._sign("signs_out", self.out_features)
             )
-            y = unrotate_rows(y.float(), sign).to(x.dtype)
+            y = (theta(y.float(), True) * sign).to(x.dtype)
         return y if bias is None else y + bias
 
     def _product(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:

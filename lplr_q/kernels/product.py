@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lplr_q.activation_aware.layer_state import ROW_TILE, unpack_factor
 from lplr_q.kernels.dispatch import gemv, rows
+from lplr_q.linalg.hadamard import hadamard_transform
 
 TILE_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Weights decoded at a time, per kind of device, when the layer does not say."""
@@ -152,3 +153,42 @@ def _factor_shape(
     length: int,
 ) -> Tensor:
     return codes[0].new_empty(rank, length, dtype=torch.float32)
+
+
+@torch.library.custom_op("lplr_q::theta", mutates_args=())
+def theta(x: Tensor, inverse: bool) -> Tensor:
+    """Theta x over the last axis (Theta^T x with ``inverse``); orthogonal, so the gradient is the
+    inverse transform and nothing has to be kept for it."""
+    y = hadamard_transform(x, inverse=inverse)
+    return y.clone() if y.data_ptr() == x.data_ptr() else y
+
+
+@theta.register_fake
+def _theta_shape(x: Tensor, inverse: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _keep_direction(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.inverse = inputs[1]
+
+
+def _theta_back(ctx: Any, grad: Tensor) -> tuple:
+    return theta(grad, not ctx.inverse), None
+
+
+theta.register_autograd(_theta_back, setup_context=_keep_direction)
+
+
+@torch.library.custom_op("lplr_q::matrix", mutates_args=())
+def matrix(
+    codes: list[Tensor], tail: Tensor | None, scale: Tensor, book: str, bits: int, m: int, n: int
+) -> Tensor:
+    """The coded (m, n) matrix, float32."""
+    return rows(codes, tail, book, bits, (m, n), 0, m).mul_(scale.view(torch.float32))
+
+
+@matrix.register_fake
+def _matrix_shape(
+    codes: list[Tensor], tail: Tensor | None, scale: Tensor, book: str, bits: int, m: int, n: int
+) -> Tensor:
+    return scale.new_empty(m, n, dtype=torch.float32)

@@ -7,7 +7,7 @@ from lplr_q import native
 from lplr_q.activation_aware.layer_state import code_layout, decode_rows
 from lplr_q.codebooks.base import make_codebook
 from lplr_q.kernels import cpu, dispatch
-from lplr_q.kernels.product import coded_factor, product, product_back, tile_of
+from lplr_q.kernels.product import coded_factor, product, product_back, theta, tile_of
 
 needs_compiler = pytest.mark.skipif(
     native.library(cpu.SOURCE) is None, reason=f"no compiled kernels: {native.load(cpu.SOURCE)[1]}"
@@ -132,3 +132,9 @@ def test_the_operators_keep_their_contract():
     torch.library.opcheck(
         coded_factor, (factor, None, scales, "lloyd-max", 4, 2, 10), test_utils=checks
     )
+    for width in (1, 12, 13, 16):
+        rows = torch.randn(2, 3, width, requires_grad=True)
+        torch.library.opcheck(theta, (rows, False), test_utils=checks)
+        assert torch.autograd.gradcheck(
+            lambda t: theta(t, True), rows.detach().double().requires_grad_()
+        )

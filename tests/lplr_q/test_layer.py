@@ -244,3 +244,136 @@ def test_training_and_a_dense_copy_exclude_each_other():
         layer.set_mode("kernel")
     with pytest.raises(ConfigError, match="ft_rank=3"):
         LPLRQuantizedLinear(8, 8, rank=2, ft_rank=3)
+
+
+# ---------------------------------------------------------------- compiled
+
+
+def compile_and_compare(layer, backend):
+    torch._dynamo.reset()
+    x = torch.randn(3, layer.in_features)
+    plain = layer(x)
+    found = torch.compile(layer, fullgraph=True, backend=backend)(x)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["dequant", "kernel"])
+def test_one_graph_without_breaks(mode):
+    _, layer = compressed(m=13, n=24, rank=3, ft_rank=1, bias=True)
+    compile_and_compare(layer.set_mode(mode), "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [*FORMS, {"codebook": "tcq", "rank": 2}], ids=str)
+@pytest.mark.parametrize("mode", ["dequant", "kernel", "cached"])
+def test_one_graph_in_every_form(form, mode):
+    compile_and_compare(compressed(**form)[1].set_mode(mode), "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_gradients_through_a_compiled_layer():
+    _, layer = compressed(rank=3, ft_rank=2)
+    layer.trainable(signs=True)
+    twin = copy.deepcopy(layer)
+    x = torch.randn(3, 40)
+    layer(x).square().sum().backward()
+    torch._dynamo.reset()
+    torch.compile(twin, fullgraph=True, backend="inductor")(x).square().sum().backward()
+    for (name, a), b in zip(layer.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+# ---------------------------------------------------------------- defects of the published code
+
+
+def test_defect_a_nothing_beside_the_codes_is_lost():
+    """Bias and trained parts are in the state; the model's test is in test_hf."""
+    _, layer = compressed(rank=2, ft_rank=1, bias=True)
+    assert {"bias", "lora_L", "lora_R", "q_codes", "q_scale"} <= set(layer.state_dict())
+
+
+def test_defect_b_codes_follow_the_device():
+    _, layer = compressed(rank=2, ft_rank=1, q_bits=4)
+    assert {t.device.type for t in layer.to("meta").state_dict().values()} == {"meta"}
+    assert layer(torch.empty(2, 40, device="meta")).shape == (2, 24)
+
+
+def test_defect_4_both_stages_survive_a_move():
+    _, layer = compressed(q_bits=4)
+    first, second = layer.q_codes.clone(), layer.q_codes_2.clone()
+    moved = copy.deepcopy(layer).to(torch.float16).to("cpu")
+    assert not torch.equal(first, second)
+    assert torch.equal(moved.q_codes, first)
+    assert torch.equal(moved.q_codes_2, second)
+
+
+def test_defect_5_three_bits_use_the_second_stage():
+    result, layer = compressed(q_bits=3)
+    whole = layer.dequantize()
+    assert torch.equal(whole, result.dequantize())
+    layer.q_codes_2.zero_()
+    assert not torch.allclose(layer.dequantize(), whole)
+
+
+def test_defect_6_the_rescale_divides_the_input_and_leaves_it_alone():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 40, generator=generator) * torch.logspace(-1, 1, 40)
+    second = torch.diag(torch.logspace(1, -1, 40))
+    prepared = prepare_hessian(second, 40, generator=generator)
+    result = decompose(weight, prepared, rank=2, rounds=1, rescale=True, generator=generator)
+    layer = LPLRQuantizedLinear.from_decomposition(result)
+    assert layer.form.rescaled
+    assert layer.rescale.shape == (40,)
+    assert torch.equal(layer.dequantize(), result.dequantize())
+    x = torch.randn(3, 40)
+    kept = x.clone()
+    torch.testing.assert_close(layer(x), x @ result.dequantize().T, rtol=1e-4, atol=1e-3)
+    assert torch.equal(x, kept)
+    assert layer.buffer_bytes() * 8 == layer.stored_bits().total == result.bits.total
+
+
+def test_defect_11_trained_components_are_whole_components():
+    """With codes of several entries each, rows of packed codes are not rows of the factor."""
+    for book in ("lloyd-max", "e8p"):
+        result, layer = compressed(rank=3, factor_bits=4, factor_codebook=book, ft_rank=1)
+        left, right = result.left.decode(), result.right.decode()
+        torch.testing.assert_close(layer.lora_L.float(), left[:1].T, rtol=4e-3, atol=4e-3)
+        torch.testing.assert_close(layer.lora_R.float(), right[:1], rtol=4e-3, atol=4e-3)
+        assert torch.equal(layer.factor("l"), left[1:])
+        assert torch.equal(layer.factor("r"), right[1:])
+
+
+def test_defect_12_signs_depend_on_the_generator_alone():
+    torch.manual_seed(1)
+    first = compressed(seed=5)[1].signs()
+    torch.manual_seed(2)
+    second = compressed(seed=5)[1].signs()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+TRELLISES = [
+    {"codebook": "tcq", "m": 24, "n": 43, "rank": 1},
+    {"codebook": "tcq-8-16x16", "m": 40, "n": 32, "q_bits": 3},
+    {"rank": 2, "factor_codebook": "e8p", "m": 13, "n": 21},
+]
+
+
+@pytest.mark.parametrize("form", TRELLISES, ids=str)
+def test_trellises_and_coded_factors(form):
+    result, layer = compressed(**form)
+    assert torch.equal(layer.dequantize(), result.dequantize())
+    assert layer.buffer_bytes() * 8 == layer.stored_bits().total == result.bits.total
+    x = torch.randn(3, layer.in_features)
+    expected = x @ layer.dequantize().T
+    for mode in ("dequant", "kernel", "cached"):
+        torch.testing.assert_close(layer.set_mode(mode)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_cached_and_kernel_agree_with_decoding_in_bfloat16():
+    _, layer = compressed(m=64, n=64, rank=4)
+    x = torch.randn(2, 64, dtype=torch.bfloat16)
+    expected = layer(x).float()
+    for mode in ("kernel", "cached"):
+        found = layer.set_mode(mode)(x).float()
+        assert float((found - expected).norm() / expected.norm()) < 1e-2
