@@ -20,7 +20,7 @@ from lplr_q.activation_aware.decompose import PreparedHessian
 from lplr_q.activation_aware.discovery import linear_weight
 from lplr_q.activation_aware.hessian import Calibration
 from lplr_q.allocate import allocate, build_item, read_allocation
-from lplr_q.bits import average, matched_budget
+from lplr_q.bits import average, group_for_budget, matched_budget
 from lplr_q.linalg.ldl import regularise
 from lplr_q.prediction import Choice, Survey, survey
 from lplr_q.quantize_model import (
@@ -155,14 +155,6 @@ class Contest:
 
     def _rounded(self, arm: Arm, bits: float) -> Compressed:
         """RTN or GPTQ with the smallest group whose scales and zero points fit the budget."""
-        settings = dataclasses.replace(
-            self.settings,
-            method=arm.method,
-            bits=bits + self.overhead,
-            q_bits=int(bits),
-            rank=None,
-            group=None,
-        )
         rounded = copy.deepcopy(self.model)
         layers = []
         hessian: tuple[str, Any] = ("", None)
@@ -172,7 +164,12 @@ class Contest:
                 matrix = self.calibration.of(name).matrix().to(self.run.device.device)
                 hessian = (key, regularise(matrix, sigma=self.settings.sigma_reg, name=name))
             begin = time.monotonic()
-            tree = round_sublayer(self.weight(name), hessian[1], settings)
+            weight = self.weight(name)
+            group = group_for_budget(weight.shape[1], bits + self.overhead, bits=int(bits))
+            own = dataclasses.replace(
+                self.settings, method=arm.method, bits=None, q_bits=int(bits), group=group
+            )
+            tree = round_sublayer(weight, hessian[1], own)
             tree["seconds"] = round(time.monotonic() - begin, 3)
             install(rounded, name, tree)
             layers.append(self._layer_row(arm, bits, name, tree, None))

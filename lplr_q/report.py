@@ -101,3 +101,28 @@ def headline(rows: Sequence[dict[str, Any]], bits: float) -> str:
     at = [r for r in rows if r["text"] == first and r["bits"] == bits]
     parts = [f"{r['method']} {r['ratio']:.3f} ({r['true_bits']:.2f} bits)" for r in at]
     return f"Perplexity over 16-bit perplexity on {first} at {bits:g} bits: " + ", ".join(parts)
+
+
+def ratio_figure(rows: Sequence[dict[str, Any]]) -> Any:
+    """Perplexity over 16 bit against true bits, one panel per model and text, log y."""
+    from workbench.plots import line_plot, new_figure
+
+    panels = list(dict.fromkeys((r["model"], r["text"]) for r in rows))
+    figure, axes = new_figure(4.6 * len(panels), 3.8, columns=len(panels))
+    flat = [axes] if len(panels) == 1 else list(axes)
+    for panel, (model, text) in zip(flat, panels, strict=True):
+        line_plot(
+            panel,
+            [r for r in rows if (r["model"], r["text"]) == (model, text)],
+            x="true_bits",
+            y="ratio",
+            low="ratio_low",
+            high="ratio_high",
+            series="method",
+            xlabel="bits per weight, all overheads counted",
+            ylabel="perplexity over 16 bit (log)",
+            title=f"{model}, {text}",
+            log="y",
+            reference={"16 bit": 1.0},
+        )
+    return figure
