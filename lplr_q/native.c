@@ -115,3 +115,30 @@ int trellis_circles(const float *x, int64_t count, int64_t length, const float *
     default: return 2;
     }
 }
+
+/* Values of the states of closed paths: codes and points (m, blocks, columns), tiles of `rows` rows.
+   state: room for `blocks` integers. */
+void trellis_points(const int64_t *codes, int64_t m, int64_t blocks, int64_t columns, int64_t rows,
+                    const float *table, int window, int bits, int32_t *state, float *points)
+{
+    const int32_t mask = (int32_t)(((int64_t)1 << window) - 1);
+    const int64_t width = blocks * columns;
+    const int64_t warm = (window + bits * columns - 1) / (bits * columns); /* rows in a state */
+    for (int64_t low = 0; low < m; low += rows) {
+        const int64_t height = m - low < rows ? m - low : rows;
+        for (int64_t b = 0; b < blocks; b++) state[b] = 0;
+        for (int64_t step = -warm; step < height; step++) {
+            const int64_t row = low + ((step % height) + height) % height;
+            const int64_t *read = codes + row * width;
+            float *write = points + row * width;
+            for (int64_t b = 0; b < blocks; b++) {
+                int32_t s = state[b];
+                for (int64_t j = 0; j < columns; j++) {
+                    s = (int32_t)(((uint32_t)s << bits) | (uint32_t)read[b * columns + j]) & mask;
+                    if (step >= 0) write[b * columns + j] = table[s];
+                }
+                state[b] = s;
+            }
+        }
+    }
+}

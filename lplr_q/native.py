@@ -133,6 +133,36 @@ def trellis_circles(
     return symbols.long()
 
 
+def trellis_points(
+    codes: Int64[Tensor, "m blocks c"], table: Float[Tensor, " states"], bits: int, rows: int
+) -> Float[Tensor, "m blocks c"] | None:
+    """Points of the codes of tiles of ``rows`` x c entries; None when the kernel cannot be used."""
+    kernels = library() if codes.device.type == "cpu" and codes.dtype == torch.int64 else None
+    if kernels is None:
+        return None
+    codes = codes.contiguous()
+    m, blocks, columns = codes.shape
+    points = torch.empty(codes.shape, dtype=torch.float32)
+    window = table.numel().bit_length() - 1
+
+    def work(low: int, high: int) -> int:
+        state = torch.empty(blocks, dtype=torch.int32)
+        kernels.trellis_points(
+            _address(codes[low:high]),
+            *map(ctypes.c_int64, (high - low, blocks, columns, rows)),
+            _address(table),
+            window,
+            bits,
+            _address(state),
+            _address(points[low:high]),
+        )
+        return 0
+
+    if codes.numel():
+        in_threads(work, m, rows)
+    return points
+
+
 def in_threads(work, count: int, step: int) -> list[int]:
     """``work(low, high)`` over 0..count in pieces of whole steps, one piece per torch thread."""
     threads = max(1, min(torch.get_num_threads(), count // step))

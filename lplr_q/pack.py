@@ -5,6 +5,8 @@ Code i occupies bits i*b .. i*b + b - 1 of the byte string; the last byte is pad
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
@@ -32,12 +34,20 @@ def pack_bits(codes: Int64[Tensor, "*shape"], bits: int) -> UInt8[Tensor, " byte
     flat = codes.reshape(-1).long()
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << bits):
         raise DataError(f"codes span {int(flat.min())}..{int(flat.max())}, not {bits} bits")
-    places = torch.arange(bits, device=flat.device)
-    stream = ((flat[:, None] >> places) & 1).reshape(-1)
-    padded = torch.zeros(8 * packed_size(flat.numel(), bits), dtype=torch.long, device=flat.device)
-    padded[: stream.numel()] = stream
-    weights = 2 ** torch.arange(8, device=flat.device)
-    return (padded.reshape(-1, 8) * weights).sum(1).to(torch.uint8)
+    if bits == 8:
+        return flat.to(torch.uint8)
+    run = 8 // math.gcd(bits, 8)  # so many codes fill whole bytes
+    width = bits * run // 8
+    padded = flat.new_zeros(-(-flat.numel() // run) * run)
+    padded[: flat.numel()] = flat
+    columns = padded.reshape(-1, run).T
+    found = torch.zeros(padded.numel() // run, width, dtype=torch.long, device=flat.device)
+    for place in range(run):
+        low, shift = divmod(bits * place, 8)
+        moved = columns[place] << shift
+        for byte in range(low, min(low + (bits + shift + 7) // 8, width)):
+            found[:, byte] |= (moved >> (8 * (byte - low))) & 255
+    return found.view(-1)[: packed_size(flat.numel(), bits)].to(torch.uint8)
 
 
 def unpack_bits(packed: UInt8[Tensor, " bytes"], bits: int, count: int) -> Int64[Tensor, " count"]:
@@ -54,12 +64,32 @@ def unpack_bits(packed: UInt8[Tensor, " bytes"], bits: int, count: int) -> Int64
         )
     if bits == 8:
         return packed.long()
+    if bits < 8:
+        return _unpack_words(packed, bits)[:count]
     spare = torch.zeros(3, dtype=torch.long, device=packed.device)
     window = torch.cat([packed.long(), spare])
     start = torch.arange(count, device=packed.device) * bits
     byte = start >> 3
     value = window[byte] | (window[byte + 1] << 8) | (window[byte + 2] << 16)
     return (value >> (start & 7)) & ((1 << bits) - 1)
+
+
+def _unpack_words(packed: UInt8[Tensor, " bytes"], bits: int) -> Int64[Tensor, " codes"]:
+    """All codes of fewer than 8 bits, and some zeros: the shortest run of codes that ends at a byte
+    is one integer."""
+    codes = 8 // math.gcd(bits, 8)
+    width = bits * codes // 8
+    missing = -packed.numel() % width
+    if missing:
+        packed = torch.cat([packed, packed.new_zeros(missing)])
+    columns = packed.reshape(-1, width).long().T
+    word = columns[0].clone()
+    for place in range(1, width):
+        word |= columns[place] << (8 * place)
+    found = torch.empty(len(word), codes, dtype=torch.long, device=packed.device)
+    for place in range(codes):
+        found[:, place] = (word >> (bits * place)) & ((1 << bits) - 1)
+    return found.view(-1)
 
 
 def pack_signs(signs: Tensor) -> UInt8[Tensor, " bytes"]:

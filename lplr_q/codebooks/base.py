@@ -18,6 +18,7 @@ _TRELLIS = "lplr_q.codebooks.tcq:trellis_codebook"
 CODEBOOKS: dict[str, str] = {
     "e8p": "lplr_q.codebooks.e8p:e8p_codebook",
     "lloyd-max": "lplr_q.codebooks.scalar:LloydMaxCodebook",
+    "uniform": "lplr_q.codebooks.uniform:UniformCodebook",
     "tcq": f"{_TRELLIS}:",
     **{
         f"tcq-{window}{kind}": f"{_TRELLIS}:"

@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from lplr_q import native
 from lplr_q.codebooks.base import Codebook, require_bits, row_groups
 from lplr_q.codebooks.trellis import circles, windows
 from lplr_q.constants import on_cpu
@@ -119,12 +120,14 @@ class TrellisCodebook:
         for part, (count, height) in zip(parts, row_groups(like.shape[0], self.rows), strict=True):
             split = part.reshape(count, -1, height, self.dim).transpose(1, 2)
             joined.append(split.reshape(count * height, *like.shape[1:]))
-        return torch.cat(joined) if joined else torch.empty_like(like)
+        return torch.cat(joined)
 
     def encode(self, x: Float[Tensor, "m *blocks c"]) -> Int64[Tensor, "m *blocks c"]:
         """Symbols of a closed path near each tile."""
         if x.ndim == 1:
             return self.encode(x[None])[0]
+        if not x.numel():
+            return torch.empty(x.shape, dtype=torch.long, device=x.device)
         table = _table_on(self.window, self.kind, x.device)
         return self._untile([circles(tile, table, int(self.bits)) for tile in self._tiles(x)], x)
 
@@ -132,6 +135,17 @@ class TrellisCodebook:
         """Table lookup by the circular window of the last L bits."""
         if codes.ndim == 1:
             return self.decode(codes[None])[0]
+        if not codes.numel():
+            return torch.empty(codes.shape, device=codes.device)
+        table, bits = _table_on(self.window, self.kind, codes.device), int(self.bits)
+        split = codes.reshape(codes.shape[0], -1, self.dim)
+        points = native.trellis_points(split, table, bits, self.rows)
+        if points is not None:
+            return points.reshape(codes.shape)
+        return self.torch_decode(codes)
+
+    def torch_decode(self, codes: Int64[Tensor, "m *blocks c"]) -> Float[Tensor, "m *blocks c"]:
+        """:meth:`decode` in torch, on any device."""
         table = _table_on(self.window, self.kind, codes.device)
         states = [windows(tile, int(self.bits), self.window) for tile in self._tiles(codes)]
         return self._untile([table[state] for state in states], codes)

@@ -164,6 +164,19 @@ def test_compiled_search_in_several_pieces():
     assert sorted(seen) == [(0, 16), (16, 32), (32, 37)]
 
 
+@needs_compiler
+@pytest.mark.parametrize("name", ["tcq", "tcq-12", "tcq-8-16x16"])
+@pytest.mark.parametrize("shape", [(200, 5), (65, 1), (1, 3), (2, 2), (64, 1)])
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_compiled_decoding_gives_the_same_points(name, shape, bits):
+    codebook = make_codebook(name, bits)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2**bits, (*shape, codebook.dim), generator=generator)
+    assert torch.equal(codebook.decode(codes), codebook.torch_decode(codes))
+    one = codes[:, 0]
+    assert torch.equal(codebook.decode(one), codebook.torch_decode(one))
+
+
 def test_without_compiler_or_switched_off_torch_does_it(monkeypatch):
     monkeypatch.setenv("FIVEFOLD_NATIVE", "0")
     assert native.library() is None
@@ -298,6 +311,13 @@ def test_a_few_rows_make_short_circles(rows, bits):
     points = trellis_table(10, "1mad")[windows(every, bits, 10)]
     best = (points - x.flatten()).square().sum(1).min()
     assert float((found - x).square().sum()) == pytest.approx(float(best), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0, 3, 4), (5, 0, 4)])
+def test_nothing_is_coded_as_nothing(shape):
+    codebook = make_codebook("tcq", 2)
+    codes = codebook.encode(torch.empty(shape))
+    assert codes.shape == codebook.decode(codes).shape == shape
 
 
 def test_input_is_not_changed():
