@@ -36,12 +36,15 @@ class Experiment:
     """One demonstration, or all of them."""
     methods: tuple[str, ...] = ("naive", "dsvd", "lsvd", "lplr", "iterative", "lplr-q")
     """Of naive, dsvd, lsvd, lplr, iterative, lplr-q; naive is always there for comparison."""
-    naive_bits: tuple[int, ...] = (1, 2, 3, 4)
+    naive_bits: tuple[int, ...] = (1, 2, 4)
     """Budgets: bits per entry of naive quantisation."""
     bits: tuple[int, ...] = (4,)
     """Bits per entry of L; several are compared by `layers`, the first serves elsewhere."""
     bits_right: int = 0
     """Bits per entry of R; 0 = as L."""
+    search: bool = False
+    """Choose the bits of L and R per matrix among 2, 3, 4, 6 and 8 by measurement (not in curve);
+    five times the work."""
     ratio: float = 1.0
     """Bits of L and R over those of naive quantisation."""
     sketch: str = "gaussian"
@@ -99,6 +102,8 @@ class Experiment:
         for name in ("size", "stored", "queries", "k", "width", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}; expected at least 1")
+        if self.search and len(self.bits) > 1:
+            raise ConfigError(f"bits={self.bits} with --search; give one width, it is not used")
         if self.power_iterations < 0:
             raise ConfigError(f"power_iterations={self.power_iterations}; expected 0 or more")
         if not self.ratio > 0:
@@ -113,15 +118,15 @@ class Experiment:
         return ("naive", *(m for m in self.methods if m != "naive"))
 
     def settings(self, bits: int) -> dict[str, Any]:
-        """Arguments of the budget for one width of L."""
-        right = self.bits_right or bits
+        """Arguments of the budget for one width of L; widths of 0 stand for measured ones."""
         return {
-            "bits": bits,
-            "bits_right": right,
+            "bits": 0 if self.search else bits,
+            "bits_right": 0 if self.search else self.bits_right or bits,
             "ratio": self.ratio,
             "sketch": self.sketch,
             "power_iterations": self.power_iterations,
             "affine": self.affine,
+            "search": self.search,
         }
 
 
@@ -197,6 +202,8 @@ def run_images(run: Run, experiment: Experiment) -> tuple[dict[str, Any], str]:
         f"{r['method']} at {r['naive_bits']} bits {r['psnr_db']:.1f} dB" for r in rows
     )
     factors = f"factors of {settings['bits']} and {settings['bits_right']} bits"
+    if experiment.search:
+        factors = "bits of the factors chosen by measurement"
     run.figure(
         "images",
         figures.picture_figure(image, pictures, rows),
@@ -350,7 +357,10 @@ def best_layers(summary: Sequence[Mapping[str, Any]], naive_bits: int, count: in
     if not at:
         return "No low-rank method was asked for."
     listed = ", ".join(
-        f"{r['method']} ({r['bits']}-bit factors) {r['column_sketch_error']:.3f}" for r in at
+        r["method"]
+        + (f" ({r['bits']}-bit factors)" if r["bits"] else "")
+        + f" {r['column_sketch_error']:.3f}"
+        for r in at
     )
     return (
         f"Relative error of {count} weight matrices at {naive_bits} bits per weight: "

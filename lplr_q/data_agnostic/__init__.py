@@ -19,5 +19,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "compress_to_budget": "lplr_q.data_agnostic.budget",
         "quantise_uniform": "lplr_q.data_agnostic.naive",
         "rank_for_ratio": "lplr_q.data_agnostic.budget",
+        "search_bits": "lplr_q.data_agnostic.budget",
     },
 )

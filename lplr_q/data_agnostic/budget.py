@@ -10,7 +10,7 @@ bits, ``B`` and ``B'`` bits per entry of L (n x r) and R (r x d).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lplr_q.activation_aware.decompose import Decomposition
 from lplr_q.bits import rank_for_budget
-from lplr_q.data_agnostic.compressed import CompressedMatrix
+from lplr_q.data_agnostic.compressed import CompressedMatrix, relative_error
 from lplr_q.data_agnostic.dsvd import compress_dsvd
 from lplr_q.data_agnostic.iterative import compress_iterative, compress_lplr_q
 from lplr_q.data_agnostic.lplr import compress_lplr
@@ -111,6 +111,46 @@ def compress_to_budget(
         matrix.T, rank=rank, bits=bits_right, bits_right=bits, generator=generator, **options
     )
     return flipped.transpose()
+
+
+def search_bits(
+    matrix: Float[Tensor, "n d"],
+    method: str,
+    *,
+    naive_bits: int,
+    candidates: Sequence[int] = (2, 3, 4, 6, 8),
+    seed: int = 0,
+    **options: Any,
+) -> CompressedMatrix:
+    """A low-rank method at a budget with the width of its factor codes chosen by measurement.
+
+    Few bits buy a high rank, many bits a fine grid; which is better depends on how fast the
+    singular values fall. Every candidate is made with the same stream, the one with the smallest
+    relative error is returned.
+
+    Raises:
+        ConfigError: unknown method, or no candidate leaves room for a component.
+    """
+    if method not in METHODS:
+        raise unknown_name("low-rank method", method, METHODS)
+    best: tuple[float, CompressedMatrix] | None = None
+    refused: ConfigError | None = None
+    for bits in candidates:
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            made = compress_to_budget(
+                matrix, method, naive_bits=naive_bits, bits=bits, generator=generator, **options
+            )
+        except ConfigError as error:
+            refused = error
+            continue
+        assert isinstance(made, CompressedMatrix)
+        error = relative_error(matrix, made.dequantize().to(matrix))
+        if best is None or error < best[0]:
+            best = (error, made)
+    if best is None:
+        raise refused or ConfigError("candidates=(): no width of the factor codes to try")
+    return best[1]
 
 
 def _lplr_q_to_budget(

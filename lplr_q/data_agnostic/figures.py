@@ -148,7 +148,7 @@ def layer_figure(summary: Sequence[Row]) -> Any:
             series="method",
             xlabel="bits per weight",
             ylabel="relative error, mean over matrices (log)",
-            title=f"factors of {bits} and {bits_right} bits",
+            title=f"factors of {bits} and {bits_right} bits" if bits else "factor bits measured",
             log="y",
         )
         panel.set_xticks(sorted(plain))

@@ -115,7 +115,11 @@ def compress_lplr_q(
     check_matrix(matrix)
     if not math.isfinite(float(matrix.float().square().sum())):
         raise ConfigError("the entries overflow float32; scale the matrix down first")
-    prepared = prepare_hessian(None, matrix.shape[1], generator=generator if rotated else None)
+    n = matrix.shape[1]
+    identity = torch.eye(n, dtype=torch.float64, device=matrix.device)
+    prepared = prepare_hessian(
+        identity, n, generator=generator if rotated else None, regularised=True
+    )
     return decompose(
         matrix.float(),
         prepared,

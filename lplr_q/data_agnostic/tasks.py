@@ -21,8 +21,9 @@ from lplr_q.data_agnostic.budget import (
     Result,
     bits_per_weight,
     compress_to_budget,
+    search_bits,
 )
-from lplr_q.data_agnostic.compressed import relative_error
+from lplr_q.data_agnostic.compressed import CompressedMatrix, relative_error
 from lplr_q.data_agnostic.inputs import Embeddings
 from workbench.errors import ConfigError
 
@@ -43,6 +44,7 @@ def budgeted(
     power_iterations: int = 0,
     affine: bool = False,
     side: str = "columns",
+    search: bool = False,
 ) -> Result:
     """A method at a budget, with those of the options that it has."""
     options: dict[str, Any] = {} if method == "lplr-q" else {"affine": affine}
@@ -50,6 +52,9 @@ def budgeted(
         options |= {"sketch": sketch, "power_iterations": power_iterations}
     if method in METHODS:
         options["side"] = side
+    if search and method in METHODS:
+        seed = int(torch.randint(2**31, (1,), generator=generator))
+        return search_bits(matrix, method, naive_bits=naive_bits, ratio=ratio, seed=seed, **options)
     return compress_to_budget(
         matrix,
         method,
@@ -60,6 +65,12 @@ def budgeted(
         generator=generator,
         **options,
     )
+
+
+def factor_bits(made: Result) -> int | None:
+    """Bits of L of the first term; None for methods without such factors."""
+    left = made.terms[0].left if isinstance(made, CompressedMatrix) else None
+    return None if left is None else left.bits
 
 
 def signal_to_noise(original: Tensor, copy: Tensor) -> float:
@@ -83,13 +94,14 @@ def image_rows(
         made = budgeted(
             image, method, naive_bits=naive_bits, generator=stream(f"image/{method}"), **settings
         )
-        copy = made.dequantize().to(image.dtype)
+        copy = made.dequantize().to(image)
         pictures[method] = copy
         rows.append(
             {
                 "method": TITLES[method],
                 "naive_bits": naive_bits,
                 "rank": made.rank,
+                "factor_bits": factor_bits(made),
                 "bits_per_pixel": bits_per_weight(made),
                 "psnr_db": signal_to_noise(image, copy),
                 "relative_error": relative_error(image, copy),
@@ -144,7 +156,7 @@ def neighbour_rows(
             generator=stream(f"neighbours/{source}/{method}"),
             **settings,
         )
-        copy = made.dequantize().to(data.stored.dtype)
+        copy = made.dequantize().to(data.stored)
         found = nearest(copy, data.queries, k)
         error = relative_error(data.stored, copy)
         size = bits_per_weight(made)
@@ -208,7 +220,7 @@ def layer_rows(
         made = budgeted(
             weight, method, naive_bits=naive_bits, generator=generator, side=side, **settings
         )
-        return relative_error(weight, made.dequantize().to(weight.dtype)), made
+        return relative_error(weight, made.dequantize().to(weight)), made
 
     plain, _ = error("naive", "columns")
     rows = []
@@ -221,6 +233,7 @@ def layer_rows(
                 "method": TITLES[method],
                 "bits": settings["bits"],
                 "bits_right": settings["bits_right"],
+                "chosen_bits": factor_bits(made),
                 "naive_bits": naive_bits,
                 "ratio": settings["ratio"],
                 "rank": made.rank,
@@ -299,7 +312,7 @@ def curve_rows(
                 "method": TITLES[method],
                 "rank": rank,
                 "bits_per_entry": bits_per_weight(made),
-                "relative_error": relative_error(matrix, made.dequantize().to(matrix.dtype)),
+                "relative_error": relative_error(matrix, made.dequantize().to(matrix)),
                 "seconds": seconds,
             }
         )

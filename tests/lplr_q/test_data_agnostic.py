@@ -15,6 +15,7 @@ from lplr_q.data_agnostic.budget import (
     bits_per_weight,
     compress_to_budget,
     rank_for_ratio,
+    search_bits,
 )
 from lplr_q.data_agnostic.compressed import CompressedMatrix, fit_affine, relative_error
 from lplr_q.data_agnostic.dsvd import compress_dsvd
@@ -352,6 +353,25 @@ def test_the_rank_is_the_largest_within_the_budget(n, d, bits, bits_right, naive
     assert (rank + 1) * one > budget or rank == min(n, d)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_search_finds_the_best_width_within_the_budget(method):
+    a = power_law_matrix(96, 64, 1.0, stream())
+    widths = (2, 4, 8, 16)
+    made = search_bits(a, method, naive_bits=2, candidates=widths, seed=3)
+    tried = [
+        relative_error(
+            a,
+            compress_to_budget(
+                a, method, naive_bits=2, bits=bits, generator=stream(3)
+            ).dequantize(),
+        )
+        for bits in widths
+    ]
+    assert relative_error(a, made.dequantize()) == pytest.approx(min(tried), rel=1e-6)
+    assert made.bits_per_weight <= 2 + 64 * 4 / a.numel()
+    assert len(set(tried)) == len(tried)
+
+
 @pytest.mark.parametrize("method", [*METHODS, "naive"])
 @pytest.mark.parametrize("bits", [1, 3, 5, 11])
 def test_stored_size_is_counted_to_the_bit_and_comes_back(method, bits):
@@ -423,6 +443,12 @@ def test_same_stream_same_codes_and_the_input_is_untouched():
             ConfigError,
             "no component",
         ),
+        (
+            lambda a: search_bits(a, "lplr", naive_bits=1, candidates=(16,)),
+            ConfigError,
+            "no component",
+        ),
+        (lambda a: search_bits(a, "naive", naive_bits=1), ConfigError, "low-rank method"),
         (lambda a: sparse_sketch(a, 3, stream(), nonzeros=0), ConfigError, "nonzeros=0"),
         (lambda a: compress_naive(a[0], bits=2), DataError, "floating-point matrix"),
         (lambda a: compress_naive(a.long(), bits=2), DataError, "int64"),

@@ -208,6 +208,32 @@ def test_curve_writes_its_table_and_figure(tmp_path):
     assert main(experiment) == results
 
 
+def test_measured_widths_are_never_worse():
+    image = inputs.shepp_logan(24)
+    fixed, searched = (
+        tasks.image_rows(
+            image, ("naive", "dsvd"), naive_bits=1,
+            settings={**SETTINGS, "search": search}, stream=streams,
+        )[0]
+        for search in (False, True)
+    )  # fmt: skip
+    assert searched[0] == fixed[0]
+    assert searched[1]["psnr_db"] >= fixed[1]["psnr_db"]
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_the_width_that_was_used_is_reported(search):
+    settings = {**SETTINGS, "search": search}
+    if search:
+        settings |= {"bits": 0, "bits_right": 0}
+    weight = inputs.power_law_matrix(64, 48, 0.3, stream())
+    row = tasks.layer_rows("w", weight, ("dsvd",), naive_bits=4, settings=settings, stream=streams)[
+        0
+    ]
+    assert row["chosen_bits"] in ((2, 3, 4, 6, 8) if search else (4,))
+    assert row["bits"] == (0 if search else 4)
+
+
 def test_a_picture_of_ones_own_makes_a_run_of_its_own(tmp_path):
     from matplotlib.image import imsave
 
@@ -237,6 +263,7 @@ def test_a_picture_of_ones_own_makes_a_run_of_its_own(tmp_path):
         ({"ratio": 0.0}, "ratio=0"),
         ({"size": 0}, "size=0"),
         ({"power_iterations": -1}, "power_iterations"),
+        ({"bits": (4, 8), "search": True}, "--search"),
     ],
 )
 def test_bad_settings_are_named(changes, words):
