@@ -7,6 +7,8 @@
 
 #define LANES 8 /* sequences worked on side by side: one SIMD register of floats */
 
+#define ALONE 5 /* so many left-over sequences are searched one by one */
+
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1)));
@@ -64,6 +66,58 @@ static inline __attribute__((always_inline)) void best_path(
     }
 }
 
+/* The same for one sequence, SIMD over states: state p 2^k + b is stored at (b, p), so that the
+   predecessors (b, a, rest) of all p = (rest, b) lie side by side. Needs 2^(L-2k) >= LANES.
+   values: the table as (b, p); metric: 2^L; least, best: 2^(L-k). */
+static inline __attribute__((always_inline)) void best_single_path(
+    const float *x, int64_t length, const float *values, int window, const int bits,
+    int32_t overlap, int64_t stop, float *metric, float *least, float *best, uint8_t *chosen,
+    int32_t *path)
+{
+    const int64_t branches = 1 << bits, low = (int64_t)1 << (window - bits), rest = low >> bits;
+    for (int64_t p = 0; p < low; p++) best[p] = overlap < 0 || overlap == p ? 0 : __builtin_inff();
+    for (int64_t t = 0; t < length; t++) {
+        if (t) {
+            for (int64_t b = 0; b < branches; b++)
+                for (int64_t r = 0; r < rest; r += LANES) {
+                    const float *from = metric + b * low + r;
+                    ints first = {0};
+                    floats nearest = *(const floats *)from;
+                    for (int32_t a = 1; a < branches; a++) {
+                        const floats other = *(const floats *)(from + a * rest);
+                        const ints nearer = other < nearest;
+                        first = (nearer & a) | (~nearer & first);
+                        nearest = (floats)((nearer & (ints)other) | (~nearer & (ints)nearest));
+                    }
+                    *(floats *)(least + b * rest + r) = nearest;
+                    *(bytes *)(chosen + t * low + b * rest + r) =
+                        __builtin_convertvector(first, bytes);
+                }
+            for (int64_t r = 0; r < rest; r++)
+                for (int64_t b = 0; b < branches; b++) best[r * branches + b] = least[b * rest + r];
+        }
+        const float sample = x[t];
+        for (int64_t b = 0; b < branches; b++)
+            for (int64_t p = 0; p < low; p += LANES) {
+                const floats off = sample - *(const floats *)(values + b * low + p);
+                *(floats *)(metric + b * low + p) = off * off + *(const floats *)(best + p);
+            }
+    }
+    const int64_t step = overlap < 0 ? 1 : low;
+    int64_t state = overlap < 0 ? 0 : overlap;
+    float found = metric[(state & (branches - 1)) * low + (state >> bits)];
+    for (int64_t s = state + step; s < low * branches; s += step) {
+        const float here = metric[(s & (branches - 1)) * low + (s >> bits)];
+        if (here < found) found = here, state = s;
+    }
+    for (int64_t t = length - 1;; t--) {
+        path[t] = (int32_t)state;
+        if (t == stop) break;
+        const int64_t p = state >> bits;
+        state = chosen[t * low + (p & (branches - 1)) * rest + (p >> bits)] * low + p;
+    }
+}
+
 /* Symbols of closed paths near each of `count` sequences, in two passes. Returns 0, or 1 when there
    is no memory. x, symbols: (count, length). */
 static inline __attribute__((always_inline)) int closed_paths(
@@ -77,7 +131,9 @@ static inline __attribute__((always_inline)) int closed_paths(
     int32_t *path = malloc(length * LANES * sizeof(int32_t));
     const int missing = !metric || !samples || !chosen || !path;
     float *turned = samples + length * LANES;
-    for (int64_t first = 0; first < count && !missing; first += LANES) {
+    int64_t first = 0;
+    for (; first < count && !missing; first += LANES) {
+        if (count - first <= ALONE && low >> bits >= LANES) break;
         const int64_t lanes = count - first < LANES ? count - first : LANES;
         for (int64_t t = 0; t < length; t++)
             for (int i = 0; i < LANES; i++) { /* idle lanes repeat the last sequence */
@@ -96,6 +152,20 @@ static inline __attribute__((always_inline)) int closed_paths(
             for (int64_t t = 0; t < length; t++)
                 symbols[(first + i) * length + t] =
                     (uint8_t)(path[t * LANES + i] & ((1 << bits) - 1));
+    }
+    float *values = metric + states, *least = metric + 2 * states, *best = least + low;
+    if (first < count && !missing) /* few are left: one by one */
+        for (int64_t s = 0; s < states; s++)
+            values[(s & ((1 << bits) - 1)) * low + (s >> bits)] = table[s];
+    for (; first < count && !missing; first++) {
+        const int64_t middle = length - half - 1;
+        for (int64_t t = 0; t < length; t++) turned[t] = x[first * length + (t + half) % length];
+        best_single_path(turned, length, values, window, bits, -1, middle, metric, least, best,
+                         chosen, path);
+        best_single_path(x + first * length, length, values, window, bits,
+                         path[middle] & (int32_t)(low - 1), 0, metric, least, best, chosen, path);
+        for (int64_t t = 0; t < length; t++)
+            symbols[first * length + t] = (uint8_t)(path[t] & ((1 << bits) - 1));
     }
     free(metric);
     free(samples);

@@ -1,0 +1,158 @@
+"""What every codebook loses on Gaussian weights, and what finding and reading its codes costs.
+
+    python benchmarks/lplr_q/codebooks.py
+
+Per codebook and width: squared error per weight on unit Gaussians at the codebook's own scale,
+beside the bound 4^-bits; relative error e of LDLQ on the reference problem after rotation, without
+and with two guarded sweeps; CPU seconds per 100 000 weights of encoding in torch and, where there
+is one, in C (forms timed in turn, the smallest counts), and of decoding. For E8P and trellises
+also the plain form the fast one is tested against. Figures are written beside this file.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from lplr_q import native
+from lplr_q.codebooks.base import make_codebook
+from lplr_q.codebooks.e8p import reference_encode_e8p
+from lplr_q.codebooks.trellis import reference_circle
+from lplr_q.linalg.hadamard import random_signs, rotate_hessian, rotate_weight
+from lplr_q.linalg.ldl import block_ldl
+from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep, ldlq, weighted_loss
+from lplr_q.reference_problem import reference_problem
+from workbench.tables import write_csv
+
+BOOKS = [
+    *(("lloyd-max", bits) for bits in (2, 3, 4)),
+    *(("e8p", bits) for bits in (2, 3, 4)),
+    *((name, 2) for name in ("tcq-8", "tcq-8-random", "tcq-8-3inst", "tcq-8-16x16")),
+    *(("tcq", bits) for bits in (1, 2, 3, 4)),
+    ("tcq-16x16", 2),
+    ("tcq-12", 2),
+]
+
+
+@contextmanager
+def without_c():
+    before = os.environ.get("FIVEFOLD_NATIVE")
+    os.environ["FIVEFOLD_NATIVE"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["FIVEFOLD_NATIVE"]
+        else:
+            os.environ["FIVEFOLD_NATIVE"] = before
+
+
+def seconds(function: Callable, repeats: int) -> float:
+    """Smallest CPU seconds."""
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.process_time()
+        function()
+        best = min(best, time.process_time() - begin)
+    return best
+
+
+def in_torch(book, x):
+    with without_c():
+        return book.encode(x)
+
+
+def plain(book, x):
+    """The readable encoder, on as little as it needs to be timed."""
+    if book.name == "e8p":
+        few = x[:2000]
+        return few.numel(), lambda: reference_encode_e8p(few)
+    if hasattr(book, "window"):
+        from lplr_q.codebooks.tcq import trellis_table
+
+        few = x.reshape(-1)[:24].clone()
+        table = trellis_table(book.window, book.kind)
+        return few.numel(), lambda: reference_circle(few, table, int(book.bits))
+    return 0, None
+
+
+def on_reference(book, problem) -> list[float]:
+    """e after LDLQ and after two sweeps."""
+    weight, hessian, total = problem
+    blocks = CodebookBlocks(book, weight.shape[1], multiplier=0.95 if book.dim > 1 else 1.0)
+    codes, points = ldlq(weight, block_ldl(hessian, book.dim).lower, blocks)
+    errors = [(weighted_loss(weight - points, hessian) / total) ** 0.5]
+    for _ in range(2):
+        codes, points = guarded_sweep(weight, hessian, blocks, codes, points)
+    return [*errors, (weighted_loss(weight - points, hessian) / total) ** 0.5]
+
+
+def rotated_reference():
+    weight, hessian = reference_problem()
+    generator = torch.Generator().manual_seed(0)
+    signs_in, signs_out = random_signs(512, generator), random_signs(512, generator)
+    weight = rotate_weight(weight, signs_out, signs_in)
+    weight = weight / weight.square().mean().sqrt()
+    hessian = rotate_hessian(hessian.double(), signs_in).float()
+    return weight, hessian, weighted_loss(weight, hessian)
+
+
+def measure(name: str, bits: int, problem, weights: int, repeats: int) -> dict:
+    book = make_codebook(name, bits)
+    high = getattr(book, "rows", 1) * 16
+    shape = (high, weights // high // book.dim, book.dim)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = x / x.square().mean().sqrt()
+    scaled = x * book.opt_scale
+    codes = book.encode(scaled)
+    mse = float((book.decode(codes) / book.opt_scale - x).square().mean())
+    after, swept = on_reference(book, problem)
+    per = 1e5 / x.numel()
+    count, slow = plain(book, scaled.reshape(-1, book.dim) if name == "e8p" else scaled)
+    compiled = hasattr(book, "window") and native.library() is not None
+    return {
+        "codebook": name,
+        "bits": bits,
+        "mse": mse,
+        "mse_over_bound": mse * 4.0**bits,
+        "e_ldlq": after,
+        "e_two_sweeps": swept,
+        "plain_seconds": seconds(slow, 1) * 1e5 / count if slow else "",
+        "torch_seconds": seconds(lambda: in_torch(book, scaled), repeats) * per,
+        "c_seconds": seconds(lambda: book.encode(scaled), repeats) * per if compiled else "",
+        "decode_seconds": seconds(lambda: book.decode(codes), repeats) * per,
+    }
+
+
+def main(weights: int, repeats: int, output: Path) -> None:
+    torch.set_num_threads(1)
+    print(native.status())
+    problem = rotated_reference()
+    print(
+        "codebook       bits    mse  x bound  e ldlq  e +2 sweeps   "
+        "us/weight: plain   torch       C  decode"
+    )
+    rows = []
+    for name, bits in BOOKS:
+        row = measure(name, bits, problem, weights, repeats)
+        rows.append(row)
+        times = [row[k] for k in ("plain_seconds", "torch_seconds", "c_seconds", "decode_seconds")]
+        shown = " ".join(f"{10 * t:7.3f}" if t != "" else "      -" for t in times)
+        print(
+            f"{name:14s} {bits:4d} {row['mse']:.4f} {row['mse_over_bound']:8.3f} "
+            f"{row['e_ldlq']:7.4f} {row['e_two_sweeps']:12.4f} {'':11s}{shown}"
+        )
+    write_csv(output, rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", type=int, default=65536)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"))
+    arguments = parser.parse_args()
+    main(arguments.weights, arguments.repeats, arguments.output)
