@@ -61,6 +61,8 @@ class Compressed:
     model: nn.Module
     layers: list[dict[str, Any]]
     true_bits: float
+    curves: list[dict[str, Any]]
+    """The error after every sub-step of every sublayer."""
 
 
 @dataclass
@@ -124,13 +126,17 @@ class Contest:
             return self._rounded(arm, bits)
         chosen = self.allocation(arm, bits)
         compressed = copy.deepcopy(self.model)
-        layers = []
+        layers, curves = [], []
         for name in self.run.progress(self.names, f"compress to {bits:g} bits, {arm.title}"):
             own = self._own_settings(arm, bits, name, chosen)
             tree = self.run.once(f"{arm.label}-{bits:g}/{name}", self._unit(name, own))
             install(compressed, name, tree)
             layers.append(self._layer_row(arm, bits, name, tree, chosen))
-        return _compressed(compressed, layers)
+            curves += [
+                {"bits": bits, "method": arm.title, "layer": name, "step": step, **entry}
+                for step, entry in enumerate(tree["history"], 1)
+            ]
+        return _compressed(compressed, layers, curves)
 
     def _own_settings(
         self, arm: Arm, bits: float, name: str, chosen: dict[str, Any] | None
@@ -291,6 +297,8 @@ class Contest:
         return {name: s * means[self.calibration.key_of[name]] for name, s in raw.items()}
 
 
-def _compressed(model: nn.Module, layers: list[dict[str, Any]]) -> Compressed:
+def _compressed(
+    model: nn.Module, layers: list[dict[str, Any]], curves: list[dict[str, Any]] | None = None
+) -> Compressed:
     spent = [(row["true_bits"], row["outputs"] * row["inputs"]) for row in layers]
-    return Compressed(model, layers, average(spent))
+    return Compressed(model, layers, average(spent), curves or [])

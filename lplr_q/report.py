@@ -65,12 +65,19 @@ def perplexity_alt(rows: Sequence[dict[str, Any]]) -> str:
     return "Perplexity against bits per weight. " + "; ".join(parts)
 
 
-def error_figure(rows: Sequence[dict[str, Any]]) -> Any:
+def compressed_rows(layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of Q + L R where there are any, else of the first method."""
+    ours = [r for r in layers if r["method"].startswith(METHOD_NAMES["lplr-ldlq"])]
+    return ours or [r for r in layers if r["method"] == layers[0]["method"]]
+
+
+def error_figure(layers: Sequence[dict[str, Any]]) -> Any:
     """Relative activation-aware error per sublayer type and budget (median over blocks)."""
     from statistics import median
 
     from workbench.plots import bar_plot, new_figure
 
+    rows = compressed_rows(layers)
     kinds = list(dict.fromkeys(r["kind"] for r in rows))
     budgets = list(dict.fromkeys(r["bits"] for r in rows))
     drawn = [
@@ -90,8 +97,91 @@ def error_figure(rows: Sequence[dict[str, Any]]) -> Any:
         value="error",
         series="budget",
         xlabel="relative activation-aware error e",
-        title="Error by kind of layer (median over blocks)",
+        title=f"{rows[0]['method']}: error by kind of layer (median over blocks)",
     )
+    return figure, drawn
+
+
+def curve_figure(curves: Sequence[dict[str, Any]]) -> Any:
+    """Error after each sub-step by budget: median over sublayers, band from least to largest."""
+    from statistics import median
+
+    from workbench.plots import line_plot, new_figure
+
+    drawn = []
+    for bits in dict.fromkeys(r["bits"] for r in curves):
+        mine = [r for r in curves if r["bits"] == bits]
+        for step in sorted({r["step"] for r in mine}):
+            errors = [r["error"] for r in mine if r["step"] == step]
+            drawn.append(
+                {
+                    "budget": f"{bits:g} bits",
+                    "step": step,
+                    "error": median(errors),
+                    "least": min(errors),
+                    "largest": max(errors),
+                    "sublayers": len(errors),
+                }
+            )
+    figure, axes = new_figure(6.4, 3.8)
+    line_plot(
+        axes,
+        drawn,
+        x="step",
+        y="error",
+        low="least",
+        high="largest",
+        series="budget",
+        xlabel="sub-step of the alternation",
+        ylabel="relative error e (log)",
+        title="Error during the alternation",
+        log="y",
+    )
+    axes.set_xticks(sorted({r["step"] for r in drawn}))
+    return figure, drawn
+
+
+def worst_rows(layers: Sequence[dict[str, Any]], n: int = 10) -> list[dict[str, Any]]:
+    """The ``n`` sublayers with the largest error at each budget."""
+    rows = compressed_rows(layers)
+    columns = ("bits", "layer", "codebook", "q_bits", "rank", "true_bits", "error", "seconds")
+    found = []
+    for bits in dict.fromkeys(r["bits"] for r in rows):
+        mine = sorted((r for r in rows if r["bits"] == bits), key=lambda r: -r["error"])
+        found += [{c: r[c] for c in columns} for r in mine[:n]]
+    return found
+
+
+def prediction_figure(layers: Sequence[dict[str, Any]]) -> Any:
+    """Measured against foretold error of every allocated sublayer; None where none is foretold."""
+    from workbench.plots import INK, MARKERS, PALETTE, new_figure
+
+    drawn = [
+        {key: r[key] for key in ("bits", "layer", "predicted", "error")}
+        for r in layers
+        if r["predicted"] is not None
+    ]
+    if not drawn:
+        return None
+    figure, axes = new_figure(4.6, 4.2)
+    for index, bits in enumerate(dict.fromkeys(r["bits"] for r in drawn)):
+        mine = [r for r in drawn if r["bits"] == bits]
+        axes.plot(
+            [r["predicted"] for r in mine],
+            [r["error"] for r in mine],
+            linestyle="none",
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=4.5,
+            color=PALETTE[index % len(PALETTE)],
+            label=f"{bits:g} bits",
+        )
+    ends = [f(r[k] for r in drawn for k in ("predicted", "error")) for f in (min, max)]
+    axes.plot(ends, ends, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("foretold error e (log)", fontsize=9, color=INK)
+    axes.set_ylabel("measured error e (log)", fontsize=9, color=INK)
+    axes.legend(fontsize=8.5, labelcolor=INK, frameon=False)
     return figure, drawn
 
 

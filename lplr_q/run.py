@@ -136,11 +136,13 @@ def main(experiment: Experiment) -> dict:
         base = run.once("evaluate/16-bit", lambda: _nats(experiment, model, texts))
         rows = [_row(text, "16-bit", 16.0, 16.0, base, base) for text in texts]
         layers: list[dict[str, Any]] = []
+        curves: list[dict[str, Any]] = []
         stored: dict[str, Any] = {}
         for bits in experiment.budgets:
             for arm in _arms(experiment):
                 found = _evaluate(run, experiment, contest, arm, tokenizer, texts, bits)
                 layers += found["layers"]
+                curves += found.get("curves", [])
                 if "stored" in found:
                     name = f"{bits:g}" if arm.method == "lplr-ldlq" else f"{arm.label}-{bits:g}"
                     stored[name] = found["stored"]
@@ -150,7 +152,7 @@ def main(experiment: Experiment) -> dict:
                     )
                     key = f"{arm.method}/{bits:g}/{text.name}"
                     run.log(len(rows), {key: rows[-1]["perplexity"]})
-        return _report(run, experiment, rows, layers, stored)
+        return _report(run, experiment, rows, layers, curves, stored)
 
 
 def _model(run: Run, experiment: Experiment) -> tuple[Any, Any]:
@@ -291,6 +293,7 @@ def _evaluate(
     stored = _save_and_reload(run, experiment, found.model, tokenizer, texts, bits, arm)
     return {
         "layers": found.layers,
+        "curves": found.curves,
         "true_bits": stored["bits_per_weight"],
         "nats": stored.pop("nats"),
         "stored": stored,
@@ -355,10 +358,11 @@ def _report(
     experiment: Experiment,
     rows: list[dict[str, Any]],
     layers: list[dict[str, Any]],
+    curves: list[dict[str, Any]],
     stored: dict[str, Any],
 ) -> dict:
     """Tables, figures, results."""
-    from lplr_q.report import error_figure, headline, perplexity_alt, perplexity_figure
+    from lplr_q.report import headline, perplexity_alt, perplexity_figure
 
     run.table(
         "perplexity",
@@ -376,15 +380,7 @@ def _report(
         alt=perplexity_alt(rows),
     )
     if layers:
-        run.table("layers", layers, caption="Every compressed layer; the error is weighted by H.")
-        figure, drawn = error_figure(layers)
-        run.figure(
-            "error_by_layer",
-            figure,
-            drawn,
-            caption=f"Relative activation-aware error, median over blocks; {len(layers)} layers",
-            alt="; ".join(f"{r['sublayer']} {r['budget']}: {r['error']:.3f}" for r in drawn),
-        )
+        _layer_report(run, layers, curves)
     summary = headline(rows, min(experiment.budgets, key=lambda b: abs(b - 2.5)))
     return run.finish(
         {"rows": rows, "stored": stored},
@@ -393,6 +389,50 @@ def _report(
         summary=summary,
         headline=_headline(rows),
     )
+
+
+def _layer_report(run: Run, layers: list[dict[str, Any]], curves: list[dict[str, Any]]) -> None:
+    """What became of the single layers."""
+    from lplr_q.report import curve_figure, error_figure, prediction_figure, worst_rows
+    from workbench.tables import write_csv
+
+    run.table(
+        "worst",
+        worst_rows(layers),
+        caption="The ten sublayers with the largest error at each budget. Every layer of every "
+        "method is in tables/layers.csv.",
+    )
+    write_csv(run.path("tables/layers.csv"), layers)
+    figure, drawn = error_figure(layers)
+    run.figure(
+        "error_by_layer",
+        figure,
+        drawn,
+        caption=f"Relative activation-aware error, median over blocks; {len(layers)} layers",
+        alt="; ".join(f"{r['sublayer']} {r['budget']}: {r['error']:.3f}" for r in drawn),
+    )
+    if curves:
+        figure, drawn = curve_figure(curves)
+        run.figure(
+            "error_by_step",
+            figure,
+            drawn,
+            caption="Error after each sub-step, from decoded codes; median over sublayers, band "
+            "from the smallest to the largest",
+            alt="; ".join(f"{r['budget']} step {r['step']}: {r['error']:.3f}" for r in drawn),
+        )
+    foretold = prediction_figure(layers)
+    if foretold is not None:
+        figure, drawn = foretold
+        ratios = sorted(r["error"] / r["predicted"] for r in drawn)
+        run.figure(
+            "foretold",
+            figure,
+            drawn,
+            caption=f"Errors the allocation counted on, and those measured; n = {len(drawn)}",
+            alt=f"measured over foretold error: least {ratios[0]:.2f}, median "
+            f"{ratios[len(ratios) // 2]:.2f}, largest {ratios[-1]:.2f}",
+        )
 
 
 def _headline(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,8 +7,10 @@ import torch
 
 from lplr_q.evaluate import load_blocks, perplexity_columns
 from lplr_q.run import EXPERIMENT, main
+from lplr_q.toy import train_toy
 from workbench.errors import ConfigError
-from workbench.run import RunOptions
+from workbench.evaluate import token_nats
+from workbench.run import Run, RunOptions
 from workbench.storage import read_json
 from workbench.tables import read_csv, read_published
 from workbench.tiny import byte_tokenizer
@@ -51,6 +54,10 @@ def test_every_stage_leaves_its_artefact(finished):
         assert (folder / name).is_file()
     layers = read_csv(folder / "tables" / "layers.csv")
     assert {row["kind"] for row in layers} == {"gate_proj", "up_proj", "down_proj"}
+    errors = {row["method"]: [r["error"] for r in layers if r["method"] == row["method"]]
+              for row in layers}  # fmt: skip
+    pairs = list(zip(errors["LPLR-LDLQ"], errors["GPTQ"], errors["RTN"], strict=True))
+    assert all(ours < gptq and ours < rtn for ours, gptq, rtn in pairs)
     config = read_json(folder / "models" / "lplr-2.5" / "config.json")
     assert config["quantization_config"]["quant_method"] == "lplr_q"
 
@@ -88,6 +95,73 @@ def test_other_weights_under_the_same_name_are_refused(finished, monkeypatch):
         main(experiment)
 
 
+@pytest.fixture(scope="module")
+def allocated(tmp_path_factory):
+    root = tmp_path_factory.mktemp("allocated")
+    run = RunOptions(root=root, name="auto", threads=1, device="cpu")
+    methods = ("gptq", "quip-sharp", "lplr-ldlq")
+    experiment = replace(TINY, methods=methods, allocation="auto", run=run)
+    return experiment, root / "lplr_q" / "auto", main(experiment)
+
+
+def test_an_automatic_allocation_spends_the_same_and_says_what_it_foretold(allocated):
+    _, folder, results = allocated
+    rows = {row["method"]: row for row in results["rows"]}
+    assert list(rows) == ["16 bit", "GPTQ", "QuIP#-style", "LPLR-LDLQ, allocated"]
+    spent = rows["LPLR-LDLQ, allocated"]["true_bits"]
+    assert 0.97 * rows["GPTQ"]["true_bits"] <= spent <= rows["GPTQ"]["true_bits"] + 1e-9
+    written = read_json(folder / "allocation-lplr-2.5.json")
+    assert written["cost"] <= written["uniform_cost"]
+    assert written["bits_per_weight"] == pytest.approx(spent)
+    layers = read_csv(folder / "tables" / "layers.csv")
+    ours = [row for row in layers if row["method"].startswith("LPLR")]
+    assert {row["layer"] for row in ours} == set(written["modules"])
+    for row in ours:
+        assert row["rank"] == written["modules"][row["layer"]]["rank"]
+        assert row["error"] == pytest.approx(row["predicted"], rel=0.3)
+    assert all(row["predicted"] in (None, "") for row in layers if row not in ours)
+    for name in ("foretold", "error_by_step", "error_by_layer"):
+        assert (folder / "figures" / f"{name}.svg").is_file()
+    worst = read_csv(folder / "tables" / "worst.csv")
+    assert [row["error"] for row in worst] == sorted((r["error"] for r in ours), reverse=True)
+    assert results["stored"]["quip-2.5"]["reload_difference"] == 0
+
+
+def test_an_allocation_file_is_followed_and_a_foreign_one_refused(allocated, tmp_path):
+    _, folder, results = allocated
+    path = folder / "allocation-lplr-2.5.json"
+    run = RunOptions(root=tmp_path, threads=1, device="cpu")
+    given = replace(TINY, methods=("lplr-ldlq",), allocation=str(path), run=run)
+    again = main(given)["rows"][-1]
+    before = results["rows"][-1]
+    assert again["true_bits"] == before["true_bits"]
+    assert again["ratio"] == pytest.approx(before["ratio"], rel=1e-6)
+    with pytest.raises(ConfigError, match="no entry for model.layers.0.self_attn"):
+        main(replace(given, include=r"layers\.0\.self_attn", run=replace(run, name="foreign")))
+
+
+def test_a_total_budget_replaces_bits_and_overhead():
+    experiment = replace(TINY, target_bpw=2.4)
+    assert experiment.budgets == (2.4,)
+    assert experiment.allowance == 0
+    assert TINY.budgets == (2.5,)
+    assert TINY.allowance == TINY.overhead
+
+
+def test_the_toy_model_learns_and_is_compressed(tmp_path):
+    run = RunOptions(root=tmp_path, threads=1, device="cpu")
+    with Run.open("lplr_q.run", replace(TINY, tiny=True, run=run)) as opened:
+        model, tokenizer = train_toy(opened, steps=24, length=32, rows=4, hidden=32, layers=2)
+        block = load_blocks(tokenizer, "microworld:doc", tokens=512, length=64, split="test")
+        nats = token_nats(model, block.tokens)[block.counted[:, 1:]].mean()
+    assert not any(p.requires_grad for p in model.parameters())
+    assert float(nats) < 0.95 * math.log(len(tokenizer))
+    with Run.open("lplr_q.run", replace(TINY, tiny=True, run=run)) as opened:
+        again, _ = train_toy(opened, steps=24, length=32, rows=4, hidden=32, layers=2)
+    for first, second in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -96,6 +170,8 @@ def test_other_weights_under_the_same_name_are_refused(finished, monkeypatch):
         ({"overhead": -1.0}, "overhead"),
         ({"rounds": 0}, "nothing would be decomposed"),
         ({"length": 2}, "too small"),
+        ({"target_bpw": 0.5}, "target_bpw=0.5"),
+        ({"tiny_steps": 0}, "nothing would be trained"),
     ],
 )
 def test_settings_that_cannot_work(change, message):
