@@ -174,6 +174,10 @@ class LPLRQuantizedLinear(nn.Module):
         own = [p for p in self.parameters() if p is not self.bias]
         return sum(t.numel() * t.element_size() for t in [*self.buffers(), *own])
 
+    def kept_bytes(self) -> int:
+        """Bytes of what the mode keeps decoded."""
+        return sum(t.numel() * t.element_size() for t in self._kept.values())
+
     def extra_repr(self) -> str:
         """Shape and bits for ``print(model)``."""
         form, tuned = self.form, ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -10,6 +12,12 @@ from lplr_q.activation_aware.layer_state import decode_rows, unpack_tail
 from lplr_q.codebooks.base import make_codebook
 from lplr_q.kernels import cpu
 from lplr_q.linalg.ldlq import CodebookBlocks
+
+
+@lru_cache(maxsize=64)
+def _blocks(name: str, bits: int, n: int) -> CodebookBlocks:
+    return CodebookBlocks(make_codebook(name, bits), n)
+
 
 MAX_BATCH = 8
 """Rows of activations up to which decoding inside the product pays."""
@@ -29,7 +37,7 @@ def rows(
     book = make_codebook(name, bits)
     if tail is not None or not cpu.usable(codes, book):
         return decode_rows(codes, tail, name, bits, n, low, high)
-    scale = CodebookBlocks(book, n).scale
+    scale = _blocks(name, bits, n).scale
     return cpu.decode(codes, book, scale, n // book.dim, (m, low, high))
 
 
@@ -46,7 +54,7 @@ def gemv(
     book, n = make_codebook(name, bits), x.shape[1]
     if x.shape[0] > MAX_BATCH or x.dtype == torch.float64 or not cpu.usable(codes, book):
         return None
-    blocks = CodebookBlocks(book, n)
+    blocks = _blocks(name, bits, n)
     whole = n // book.dim
     y = cpu.multiply(x[:, : whole * book.dim], codes, book, blocks.scale, whole, m)
     if tail is not None and blocks.tail_codebook is not None:

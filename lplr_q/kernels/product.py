@@ -7,11 +7,11 @@ trains in the memory of its codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lplr_q.activation_aware.layer_state import ROW_TILE, unpack_factor
 from lplr_q.kernels.dispatch import gemv, rows
@@ -19,6 +19,31 @@ from lplr_q.linalg.hadamard import hadamard_transform
 
 TILE_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Weights decoded at a time, per kind of device, when the layer does not say."""
+
+
+class _Operator:
+    """A function that is an operator to the compiler and to autograd, and itself otherwise: a call
+    of an operator costs as much as a small layer."""
+
+    def __init__(self, name: str, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        self.operator = torch.library.custom_op(f"lplr_q::{name}", function, mutates_args=())
+        self.register_fake = self.operator.register_fake
+        self.register_autograd = self.operator.register_autograd
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        return (
+            self.operator(*arguments)
+            if traced or _abstract(arguments)
+            else self.function(*arguments)
+        )
+
+
+def _abstract(arguments: tuple) -> bool:
+    """Whether the first tensor has no data of its own (meta device, tracing subclasses)."""
+    first = next((a for a in arguments if isinstance(a, Tensor)), None)
+    return first is None or first.is_meta or type(first) not in (Tensor, nn.Parameter)
 
 
 def tile_of(tile_rows: int, n: int, device: torch.device) -> int:
@@ -35,8 +60,7 @@ def _tiles(
         yield low, high, rows(codes, tail, book, bits, (m, n), low, high)
 
 
-@torch.library.custom_op("lplr_q::product", mutates_args=())
-def product(
+def _product(
     x: Tensor,
     codes: list[Tensor],
     tail: Tensor | None,
@@ -59,6 +83,9 @@ def product(
     for low, high, part in _tiles(codes, tail, book, bits, m, n, tile):
         out[:, low:high] = x @ part.mul_(factor).to(x.dtype).T
     return out
+
+
+product = _Operator("product", _product)
 
 
 @product.register_fake
@@ -127,8 +154,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
 product.register_autograd(_backward, setup_context=_keep)
 
 
-@torch.library.custom_op("lplr_q::factor", mutates_args=())
-def coded_factor(
+def _factor(
     codes: list[Tensor],
     tail: Tensor | None,
     scales: Tensor | None,
@@ -140,6 +166,9 @@ def coded_factor(
     """One coded (rank, length) factor, float32."""
     found = unpack_factor(codes, tail, scales, codebook=book, bits=bits, rank=rank, length=length)
     return found.contiguous()
+
+
+coded_factor = _Operator("factor", _factor)
 
 
 @coded_factor.register_fake
@@ -155,12 +184,14 @@ def _factor_shape(
     return codes[0].new_empty(rank, length, dtype=torch.float32)
 
 
-@torch.library.custom_op("lplr_q::theta", mutates_args=())
-def theta(x: Tensor, inverse: bool) -> Tensor:
+def _theta(x: Tensor, inverse: bool) -> Tensor:
     """Theta x over the last axis (Theta^T x with ``inverse``); orthogonal, so the gradient is the
     inverse transform and nothing has to be kept for it."""
     y = hadamard_transform(x, inverse=inverse)
     return y.clone() if y.data_ptr() == x.data_ptr() else y
+
+
+theta = _Operator("theta", _theta)
 
 
 @theta.register_fake

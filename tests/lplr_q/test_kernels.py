@@ -121,7 +121,7 @@ def test_the_operators_keep_their_contract():
     x = torch.randn(3, 19, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        product, (x, codes, tail, SCALE, "e8p", 2, 12, 0, False), test_utils=checks
+        product.operator, (x, codes, tail, SCALE, "e8p", 2, 12, 0, False), test_utils=checks
     )
     grad = torch.randn(3, 12)
     torch.library.opcheck(
@@ -130,11 +130,11 @@ def test_the_operators_keep_their_contract():
     factor, _ = random_codes("lloyd-max", 4, 2, 10)
     scales = torch.ones(2, dtype=torch.bfloat16).view(torch.int16)
     torch.library.opcheck(
-        coded_factor, (factor, None, scales, "lloyd-max", 4, 2, 10), test_utils=checks
+        coded_factor.operator, (factor, None, scales, "lloyd-max", 4, 2, 10), test_utils=checks
     )
     for width in (1, 12, 13, 16):
         rows = torch.randn(2, 3, width, requires_grad=True)
-        torch.library.opcheck(theta, (rows, False), test_utils=checks)
+        torch.library.opcheck(theta.operator, (rows, False), test_utils=checks)
         assert torch.autograd.gradcheck(
             lambda t: theta(t, True), rows.detach().double().requires_grad_()
         )

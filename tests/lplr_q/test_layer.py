@@ -356,6 +356,7 @@ TRELLISES = [
     {"codebook": "tcq", "m": 24, "n": 43, "rank": 1},
     {"codebook": "tcq-8-16x16", "m": 40, "n": 32, "q_bits": 3},
     {"rank": 2, "factor_codebook": "e8p", "m": 13, "n": 21},
+    {"rank": 2, "factor_codebook": "e8p", "m": 5, "n": 7},
 ]
 
 
@@ -368,6 +369,8 @@ def test_trellises_and_coded_factors(form):
     expected = x @ layer.dequantize().T
     for mode in ("dequant", "kernel", "cached"):
         torch.testing.assert_close(layer.set_mode(mode)(x), expected, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_cached_and_kernel_agree_with_decoding_in_bfloat16():
