@@ -341,15 +341,19 @@ def _measured(
 ) -> Decomposition:
     """Errors measured anew from codes alone, and the bits."""
     hessian = prepared.matrix.double()
-    wide = original.double()
-    difference = wide - draft.rotated().double()
+    loss = total = square = whole = 0.0
+    for rows, ours in zip(original.split(512), draft.rotated().split(512), strict=True):
+        wide = rows.double()
+        difference = wide - ours.double()
+        loss += weighted_loss(difference, hessian)
+        total += weighted_loss(wide, hessian)
+        square += float(difference.square().sum())
+        whole += float(wide.square().sum())
     left = draft.left
     return replace(
         draft,
-        error=math.sqrt(
-            weighted_loss(difference, hessian) / max(weighted_loss(wide, hessian), 1e-300)
-        ),
-        frobenius=float(difference.norm() / wide.norm().clamp_min(1e-300)),
+        error=math.sqrt(loss / max(total, 1e-300)),
+        frobenius=math.sqrt(square / max(whole, 1e-300)),
         bits=layer_bits(
             *draft.shape,
             codebook=draft.codebook,

@@ -201,5 +201,10 @@ def guarded_sweep(
 
 
 def weighted_loss(error: Float[Tensor, "m n"], hessian: Float[Tensor, "n n"]) -> float:
-    """tr(E H E^T), accumulated in float64 at the end, never forming the m x m product."""
-    return float(((error @ hessian.to(error.dtype)) * error).sum(dtype=torch.float64))
+    """tr(E H E^T), accumulated in float64 at the end, never forming the m x m product.
+
+    Rows are taken 512 at a time, so that beside E and H little is held.
+    """
+    hessian = hessian.to(error.dtype)
+    parts = (float(((rows @ hessian) * rows).sum(dtype=torch.float64)) for rows in error.split(512))
+    return sum(parts)
