@@ -32,6 +32,12 @@ def summary_rows(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
     matrices: dict[tuple, list[dict[str, Any]]] = {}
     for row in errors:
         matrices.setdefault((row["layer"], row["sublayer"]), []).append(row)
+    gptq = {
+        key: row["error"]
+        for key, members in matrices.items()
+        for row in members
+        if row["method"] == LABELS["gptq"]
+    }
     winners = [min(members, key=lambda r: r["error"])["method"] for members in matrices.values()]
     rows = []
     for method in dict.fromkeys(r["method"] for r in errors):
@@ -44,6 +50,9 @@ def summary_rows(errors: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "smallest": min(found),
                 "largest": max(found),
                 "best_on": winners.count(method),
+                "below_gptq": sum(
+                    r["error"] < gptq.get((r["layer"], r["sublayer"]), 0.0) for r in mine
+                ),
                 "true_bits": sum(r["true_bits"] for r in mine) / len(mine),
                 "frobenius": median(r["frobenius"] for r in mine),
                 "seconds": sum(r["seconds"] for r in mine),

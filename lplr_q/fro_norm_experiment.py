@@ -386,7 +386,7 @@ def report(run: Run, experiment: Experiment, rows: list[dict[str, Any]]) -> dict
         "methods",
         summary,
         caption="Relative activation-aware error e over all matrices (median, smallest, largest), "
-        "how often a method is the best, and the mean of the bits it spends.",
+        "on how many a method is the best and is below GPTQ, and the mean of the bits it spends.",
     )
     run.table("errors", errors, caption="Every matrix under every method; e, e^2 and |E|/|W|.")
     count = len({(r["layer"], r["sublayer"]) for r in errors})
@@ -408,7 +408,8 @@ def report(run: Run, experiment: Experiment, rows: list[dict[str, Any]]) -> dict
             step_figure(steps),
             steps,
             caption="Error after every sub-step of the alternation from the first whole state on "
-            f"(the file also has the step before it): median over layers, n = {n} layers.",
+            f"(the file also has the step before it): median over layers, n = {n} layers. After "
+            f"{experiment.rounds} rounds of two follows the joint sweep over L, R and Q.",
             alt="; ".join(
                 f"{r['sublayer']}, {r['method']}, step {r['step']}: {r['error']:.4f}"
                 for r in steps

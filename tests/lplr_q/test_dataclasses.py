@@ -9,6 +9,8 @@ import torch
 import lplr_q
 from lplr_q.activation_aware import dataclasses as parameters
 from lplr_q.activation_aware.dataclasses import (
+    DEVSETS,
+    INITS,
     DataParameters,
     LPLRParams,
     ModelParameters,
@@ -16,6 +18,7 @@ from lplr_q.activation_aware.dataclasses import (
     SubLayerInfo,
 )
 from lplr_q.activation_aware.decompose import Decomposition, decompose, prepare_hessian
+from lplr_q.utils.enums import CalibSet, InitKind
 from tests.conftest import child_environment
 from workbench.errors import ConfigError
 
@@ -112,6 +115,9 @@ def test_sources_of_the_calibration_sets():
     assert DataParameters("wikitext").sources()[0].startswith("Salesforce/wikitext")
     assert DataParameters("file", data_file="a.jsonl").sources() == ("a.jsonl",)
     assert DataParameters(("stdlib", "rp1t")).sources()[0] == "stdlib"
+    assert set(DEVSETS) | {"file"} == set(CalibSet)
+    assert DataParameters(CalibSet.FALCON).sources() == (DEVSETS["falcon"],)
+    assert set(INITS) == set(InitKind)
 
 
 def test_each_published_flag_reaches_decompose():

@@ -42,6 +42,7 @@ def test_every_method_spends_no_more_than_group_rounding_and_feedback_beats_none
     best = results["methods"][0]
     assert best["method"].startswith("LPLR-LDLQ")
     assert best["error"] < rows["GPTQ"]["error"]
+    assert (best["below_gptq"], rows["GPTQ"]["below_gptq"]) == (2, 0)
     assert sum(row["best_on"] for row in results["methods"]) == results["matrices"] == 2
     assert len(read_csv(folder / "tables" / "errors.csv")) == 2 * len(TINY.methods)
 
