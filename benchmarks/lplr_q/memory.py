@@ -33,19 +33,20 @@ from workbench.tables import write_csv
 NAME = "model.layers.0.mlp.up_proj"
 
 
-def write_case(folder: Path, size: int) -> None:
+def write_case(folder: Path, outputs: int, inputs: int) -> None:
     """A model folder with one matrix whose spectrum decays, and the Hessian of its input."""
-    g = torch.Generator().manual_seed(size)
-    left, right = (torch.randn(size, size // 8, generator=g) for _ in range(2))
-    weight = left * torch.arange(1, size // 8 + 1) ** -0.6 @ right.T / size**0.5
-    weight += 0.3 * torch.randn(size, size, generator=g)
+    g = torch.Generator().manual_seed(outputs + inputs)
+    few = min(outputs, inputs) // 8
+    left, right = torch.randn(outputs, few, generator=g), torch.randn(few, inputs, generator=g)
+    weight = left * torch.arange(1, few + 1) ** -0.6 @ right / inputs**0.5
+    weight += 0.3 * torch.randn(outputs, inputs, generator=g)
     storage.write_json(folder / "model" / "config.json", {"model_type": "llama"})
     path = folder / "model" / "model.safetensors"
     storage.write_safetensors(path, {f"{NAME}.weight": 0.02 * weight})
-    sums = SecondMomentAccumulator(size)
-    scale = torch.arange(1, size + 1) ** -0.25
-    for _ in range(4):
-        sums.add(torch.randn(size, size, generator=g) * scale)
+    sums = SecondMomentAccumulator(inputs)
+    scale = torch.arange(1, inputs + 1) ** -0.25
+    for _ in range(8):
+        sums.add(torch.randn(inputs // 4, inputs, generator=g) * scale)
     key = "0.mlp.up_proj"
     save_hessians(Calibration({key: sums.finish()}, {NAME: key}), folder / "hessians", {})
 
@@ -66,7 +67,7 @@ def status(key: str) -> int:
 def measure(folder: Path, rank: int) -> None:
     """Print bytes above what was resident before, and CPU seconds."""
     small = folder / "small"
-    write_case(small, 64)
+    write_case(small, 64, 64)
     compress(small, "out", 8)
     load_hessians(folder / "hessians")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
@@ -87,7 +88,7 @@ def main() -> None:
     rows = []
     for size in arguments.size:
         with tempfile.TemporaryDirectory() as name:
-            write_case(Path(name), size)
+            write_case(Path(name), size, size)
             done = subprocess.run(
                 [sys.executable, __file__, "--folder", name, "--rank", str(arguments.rank)],
                 capture_output=True, text=True, check=True,
