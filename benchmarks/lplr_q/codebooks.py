@@ -31,11 +31,14 @@ from workbench.tables import write_csv
 BOOKS = [
     *(("lloyd-max", bits) for bits in (2, 3, 4)),
     *(("e8p", bits) for bits in (2, 3, 4)),
-    *((name, 2) for name in ("tcq-8", "tcq-8-random", "tcq-8-3inst", "tcq-8-16x16")),
+    *((f"tcq-8-{kind}", 2) for kind in ("random", "3inst", "1mad-16x16", "1mad")),
+    ("tcq-8", 2),
+    *((f"tcq-10-{kind}", 2) for kind in ("1mad-16x16", "1mad")),
     *(("tcq", bits) for bits in (1, 2, 3, 4)),
-    ("tcq-16x16", 2),
     ("tcq-12", 2),
 ]
+MULTIPLIER = {"lloyd-max": 1.0, "tcq": 1.0, "tcq-8": 1.0}
+"""Of the input scale inside of LDLQ, 0.95 for the others."""
 
 
 @contextmanager
@@ -75,7 +78,7 @@ def plain(book, x):
         from lplr_q.codebooks.tcq import trellis_table
 
         few = x.reshape(-1)[:24].clone()
-        table = trellis_table(book.window, book.kind)
+        table = trellis_table(book.window, book.kind, int(book.bits))
         return few.numel(), lambda: reference_circle(few, table, int(book.bits))
     return 0, None
 
@@ -83,7 +86,7 @@ def plain(book, x):
 def on_reference(book, problem) -> list[float]:
     """e after LDLQ and after two sweeps."""
     weight, hessian, total = problem
-    blocks = CodebookBlocks(book, weight.shape[1], multiplier=0.95 if book.dim > 1 else 1.0)
+    blocks = CodebookBlocks(book, weight.shape[1], multiplier=MULTIPLIER.get(book.name, 0.95))
     codes, points = ldlq(weight, block_ldl(hessian, book.dim).lower, blocks)
     errors = [(weighted_loss(weight - points, hessian) / total) ** 0.5]
     for _ in range(2):
@@ -133,7 +136,7 @@ def main(weights: int, repeats: int, output: Path) -> None:
     print(native.status())
     problem = rotated_reference()
     print(
-        "codebook       bits    mse  x bound  e ldlq  e +2 sweeps   "
+        "codebook           bits    mse  x bound  e ldlq  e +2 sweeps   "
         "us/weight: plain   torch       C  decode"
     )
     rows = []
@@ -143,7 +146,7 @@ def main(weights: int, repeats: int, output: Path) -> None:
         times = [row[k] for k in ("plain_seconds", "torch_seconds", "c_seconds", "decode_seconds")]
         shown = " ".join(f"{10 * t:7.3f}" if t != "" else "      -" for t in times)
         print(
-            f"{name:14s} {bits:4d} {row['mse']:.4f} {row['mse_over_bound']:8.3f} "
+            f"{name:18s} {bits:4d} {row['mse']:.4f} {row['mse_over_bound']:8.3f} "
             f"{row['e_ldlq']:7.4f} {row['e_two_sweeps']:12.4f} {'':11s}{shown}"
         )
     write_csv(output, rows)

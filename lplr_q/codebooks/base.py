@@ -23,7 +23,7 @@ CODEBOOKS: dict[str, str] = {
     **{
         f"tcq-{window}{kind}": f"{_TRELLIS}:"
         for window in (8, 10, 12)
-        for kind in ("", "-random", "-3inst", "-16x16")
+        for kind in ("", "-1mad", "-random", "-3inst", "-16x16")
     },
 }
 

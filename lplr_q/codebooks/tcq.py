@@ -10,12 +10,15 @@ four columns instead of every sixteen, which the error shows (``tests/lplr_q/tes
 
 The points table[s] are one of
 
+- ``trained``: values trained on Gaussian samples (:mod:`lplr_q.codebooks.training`) for L = 8 and
+  10; with L = 10 they err no more than 1mad with L = 12, whose search takes four times as long,
 - ``1mad``: (sum of the four bytes of (34038481 s + 76625530) mod 2^32 - 510) / 147.8,
 - ``3inst``: the sum of two half-precision numbers whose sign, mantissa and lowest exponent bits are
   bits of (89226354 s + 64248484) mod 2^32, xor those of 0.922,
 - ``random``: 2^L standard normal numbers of a fixed seed.
 
-Names: ``tcq[-L][-table][-ROWSxCOLUMNS]``; ``tcq`` is L = 10, 1mad, 64 x 4.
+Names: ``tcq[-L][-table][-ROWSxCOLUMNS]``; ``tcq`` is L = 10, trained, 64 x 4; where there is no
+trained table the default is 1mad.
 """
 
 from __future__ import annotations
@@ -29,14 +32,19 @@ from torch import Tensor
 
 from lplr_q import native
 from lplr_q.codebooks.base import Codebook, require_bits, row_groups
+from lplr_q.codebooks.training import TABLES, table_key
 from lplr_q.codebooks.trellis import circles, windows
 from lplr_q.constants import on_cpu
 from workbench.errors import ConfigError
+from workbench.storage import read_safetensors
 
-# input scale over the table's standard deviation: near the least Gaussian error for L = 8..12
-_SCALES = {1: 1.1, 2: 0.95, 3: 0.9, 4: 0.85}
-KINDS = ("1mad", "3inst", "random")
-_NAME = re.compile(r"tcq(?:-(\d+))?(?:-(1mad|3inst|random))?(?:-(\d+)x(\d+))?")
+# input scale: of computed tables over their standard deviation, near the least Gaussian error; of
+# trained ones between the least Gaussian error (at 1) and the least error of LDLQ (0.9 to 0.95)
+_SCALES = ({1: 1.1, 2: 0.95, 3: 0.9, 4: 0.85}, {1: 0.95, 2: 0.97, 3: 0.96, 4: 0.95})
+KINDS = ("trained", "1mad", "3inst", "random")
+TRAINED = (8, 10)
+"""L of the trained tables."""
+_NAME = re.compile(r"tcq(?:-(\d+))?(?:-(trained|1mad|3inst|random))?(?:-(\d+)x(\d+))?")
 
 
 def _hash(window: int, factor: int, shift: int) -> Int64[Tensor, " states"]:
@@ -62,17 +70,25 @@ def _random(window: int) -> Float[Tensor, " states"]:
     return torch.randn(1 << window, generator=generator)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=1)
 @on_cpu
-def trellis_table(window: int, kind: str) -> Float[Tensor, " states"]:
-    """The value of every state, float32."""
+def _trained() -> dict[str, Tensor]:
+    return {name: table.float() for name, table in read_safetensors(TABLES).items()}
+
+
+@lru_cache(maxsize=32)
+@on_cpu
+def trellis_table(window: int, kind: str, bits: int = 2) -> Float[Tensor, " states"]:
+    """The value of every state, float32; only trained ones depend on the bits per weight."""
+    if kind == "trained":
+        return _trained()[table_key(window, bits)]
     build = {"1mad": _one_mad, "3inst": _three_instructions, "random": _random}[kind]
     return build(window)
 
 
 @lru_cache(maxsize=16)
-def _table_on(window: int, kind: str, device: torch.device) -> Tensor:
-    return trellis_table(window, kind).to(device)
+def _table_on(window: int, kind: str, bits: int, device: torch.device) -> Tensor:
+    return trellis_table(window, kind, bits).to(device)
 
 
 class TrellisCodebook:
@@ -91,6 +107,11 @@ class TrellisCodebook:
                 f"codebook {name}: states of {window} bits at {bits} bits per weight; "
                 f"choose {2 * bits} to 16"
             )
+        if kind == "trained" and window not in TRAINED:
+            raise ConfigError(
+                f"codebook {name}: no trained table for states of {window} bits; "
+                f"choose {' or '.join(map(str, TRAINED))}, or 1mad"
+            )
         if tile[0] < 1 or 64 % tile[0] or tile[0] * tile[1] * bits < window:
             raise ConfigError(
                 f"codebook {name}: tiles of {tile[0]} x {tile[1]}; use a divisor of 64 rows, and "
@@ -102,7 +123,8 @@ class TrellisCodebook:
         self.kind = kind
         self.rows, self.dim = tile
         self.streams: tuple[int, ...] = (bits,) * self.dim
-        self.opt_scale = _SCALES[bits] * float(trellis_table(window, kind).double().std())
+        spread = 1.0 if kind == "trained" else float(trellis_table(window, kind).double().std())
+        self.opt_scale = _SCALES[kind == "trained"][bits] * spread
 
     def _tiles(self, x: Tensor) -> list[Tensor]:
         """(tiles, positions) of the tiles of each height."""
@@ -128,7 +150,7 @@ class TrellisCodebook:
             return self.encode(x[None])[0]
         if not x.numel():
             return torch.empty(x.shape, dtype=torch.long, device=x.device)
-        table = _table_on(self.window, self.kind, x.device)
+        table = _table_on(self.window, self.kind, int(self.bits), x.device)
         return self._untile([circles(tile, table, int(self.bits)) for tile in self._tiles(x)], x)
 
     def decode(self, codes: Int64[Tensor, "m *blocks c"]) -> Float[Tensor, "m *blocks c"]:
@@ -137,7 +159,8 @@ class TrellisCodebook:
             return self.decode(codes[None])[0]
         if not codes.numel():
             return torch.empty(codes.shape, device=codes.device)
-        table, bits = _table_on(self.window, self.kind, codes.device), int(self.bits)
+        bits = int(self.bits)
+        table = _table_on(self.window, self.kind, bits, codes.device)
         split = codes.reshape(codes.shape[0], -1, self.dim)
         points = native.trellis_points(split, table, bits, self.rows)
         if points is not None:
@@ -146,7 +169,7 @@ class TrellisCodebook:
 
     def torch_decode(self, codes: Int64[Tensor, "m *blocks c"]) -> Float[Tensor, "m *blocks c"]:
         """:meth:`decode` in torch, on any device."""
-        table = _table_on(self.window, self.kind, codes.device)
+        table = _table_on(self.window, self.kind, int(self.bits), codes.device)
         states = [windows(tile, int(self.bits), self.window) for tile in self._tiles(codes)]
         return self._untile([table[state] for state in states], codes)
 
@@ -155,14 +178,15 @@ def parse_name(name: str) -> tuple[int, str, tuple[int, int]]:
     """(L, kind of table, tile) of ``tcq[-L][-kind][-RxC]``.
 
     >>> parse_name("tcq"), parse_name("tcq-8-random-16x16")
-    ((10, '1mad', (64, 4)), (8, 'random', (16, 16)))
+    ((10, 'trained', (64, 4)), (8, 'random', (16, 16)))
     """
     match = _NAME.fullmatch(name)
     if match is None:
         form = f"tcq[-L][-{'|'.join(KINDS)}][-ROWSxCOLUMNS]"
         raise ConfigError(f"codebook {name!r} is not of the form {form}")
     tile = (int(match[3]), int(match[4])) if match[3] else (64, 4)
-    return int(match[1] or 10), match[2] or "1mad", tile
+    window = int(match[1] or 10)
+    return window, match[2] or ("trained" if window in TRAINED else "1mad"), tile
 
 
 def trellis_codebook(name: str, bits: int) -> Codebook:

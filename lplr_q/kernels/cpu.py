@@ -79,7 +79,7 @@ def _trellis_values(window: int, kind: str, bits: int) -> tuple[Tensor, int]:
     for symbol in range(span):
         value = (index >> (symbol * bits)) & ((1 << bits) - 1)
         state = state | (value << ((span - 1 - symbol) * bits))
-    table = trellis_table(window, kind)
+    table = trellis_table(window, kind, bits)
     return table[state & ((1 << window) - 1)].contiguous(), span
 
 

@@ -11,6 +11,7 @@ from lplr_q import native
 from lplr_q.codebooks import trellis
 from lplr_q.codebooks.base import CODEBOOKS, Codebook, make_codebook, row_groups
 from lplr_q.codebooks.tcq import parse_name, trellis_table
+from lplr_q.codebooks.training import train_table
 from lplr_q.codebooks.trellis import circles, reference_circle, torch_circles, windows
 from workbench.errors import ConfigError
 
@@ -116,6 +117,41 @@ def test_gaussian_error_of_large_trellises(window, bits, scale, value, tolerance
     found = circle_error(window, "1mad", bits, scale, count=128)
     assert found == pytest.approx(value, abs=tolerance)
     assert found > 4.0**-bits
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("window", [8, 10])
+def test_trained_tables_err_less_than_computed_ones(window, bits):
+    x = gaussian(40 if window == 8 else 24, 256, seed=8)
+    x = x / x.square().mean().sqrt()
+    errors = []
+    for kind in ("trained", "1mad"):
+        book = make_codebook(f"tcq-{window}-{kind}", bits)
+        table = trellis_table(window, kind, bits)
+        points = table[windows(circles(x * book.opt_scale, table, bits), bits, window)]
+        errors.append(float((points / book.opt_scale - x).square().mean()))
+    assert 4.0**-bits < errors[0] < 0.985 * errors[1]
+
+
+def test_training_lowers_the_error():
+    """From any table; the result is stored in half precision."""
+    start = trellis_table(8, "random")
+    generator = torch.Generator().manual_seed(0)
+    table = train_table(start, 2, rounds=4, sequences=48, generator=generator)
+    assert torch.equal(table, table.half().float())
+    x = gaussian(32, 256, seed=9)
+    before, after = (
+        float((t[windows(circles(x, t, 2), 2, 8)] - x).square().mean()) for t in (start, table)
+    )
+    assert after < 0.97 * before
+
+
+def test_unvisited_states_keep_their_value():
+    start = torch.full((256,), 50.0)
+    start[:200] = trellis_table(8, "1mad")[:200]
+    generator = torch.Generator().manual_seed(0)
+    table = train_table(start, 2, rounds=1, sequences=2, generator=generator)
+    assert 0 < int((table == 50).sum()) <= 56
 
 
 def test_closing_the_circle_costs_little():
@@ -258,7 +294,7 @@ def test_tiles_are_coded_by_themselves():
 
 def test_layout_as_documented():
     """Symbol t of a tile is the code of its row t // columns and column t mod columns."""
-    codebook = make_codebook("tcq-8-16x16", 2)
+    codebook = make_codebook("tcq-8-1mad-16x16", 2)
     codes = torch.randint(0, 4, (16, 16), generator=torch.Generator().manual_seed(0))
     states = states_by_hand(codes.flatten().tolist(), 2, 8)
     expected = trellis_table(8, "1mad")[states].reshape(16, 16)
@@ -281,7 +317,8 @@ def test_interface_and_names():
         assert isinstance(codebook, Codebook)
         assert codebook.name == name
         assert sum(codebook.streams) == codebook.bits * codebook.dim
-    assert parse_name("tcq") == (10, "1mad", (64, 4))
+    assert parse_name("tcq") == (10, "trained", (64, 4))
+    assert parse_name("tcq-12") == (12, "1mad", (64, 4))
     assert parse_name("tcq-12-3inst-16x16") == (12, "3inst", (16, 16))
     assert make_codebook("tcq-9-random-32x8", 3).rows == 32  # not listed, still of the family
 
@@ -294,6 +331,7 @@ def test_interface_and_names():
         ("tcq", 5, "choose from 1, 2, 3, 4"),
         ("tcq-10-2x2", 2, "at least 10 bits"),
         ("tcq-10-48x4", 2, "a divisor of 64"),
+        ("tcq-12-trained", 2, "no trained table for states of 12 bits; choose 8 or 10"),
     ],
 )
 def test_bad_names_and_bits(name, bits, message):
@@ -304,7 +342,7 @@ def test_bad_names_and_bits(name, bits, message):
 @pytest.mark.parametrize(("rows", "bits"), [(1, 2), (2, 1), (1, 1)])
 def test_a_few_rows_make_short_circles(rows, bits):
     """Shorter than a state the window goes round more than once; the best circle is found."""
-    codebook = make_codebook("tcq-10", bits)
+    codebook = make_codebook("tcq-10-1mad", bits)
     x = gaussian(rows, 4, seed=5)
     found = codebook.decode(codebook.encode(x))
     every = torch.cartesian_prod(*[torch.arange(2**bits)] * (rows * 4))
