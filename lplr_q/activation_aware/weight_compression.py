@@ -40,7 +40,7 @@ from lplr_q.activation_aware.discovery import (
 )
 from lplr_q.activation_aware.hessian import collect_hessians
 from lplr_q.activation_aware.layer_quantization import ActivationAwareLayerQuant
-from lplr_q.activation_aware.moments import Calibration, load_hessians
+from lplr_q.activation_aware.moments import Calibration, StoredMoments, load_hessians
 from lplr_q.calibration import calibration_blocks, fingerprint
 from lplr_q.weights import CONV1D_LAYERS, FolderWeights, ModuleWeights
 from workbench.errors import ConfigError, DataError
@@ -65,7 +65,8 @@ class ActivationAwareWeightCompressor:
         compute_hessians: False says that they are there.
         seed: of the random signs.
         quant_device: where matrices are decomposed unless `get_layer_quantizer` is told.
-        model, tokenizer: in place of loading ``model_params.base_model``.
+        model, tokenizer: in place of loading ``model_params.base_model``; experts that the given
+            model holds fused are left alone.
         progress: wraps the loop over blocks, e.g. ``tqdm``.
 
     Raises:
@@ -231,13 +232,13 @@ class ActivationAwareWeightCompressor:
         )
 
     def _info(self, name: str) -> SubLayerInfo:
-        moment = self.calibration.of(name)
+        width, tokens = self._width_and_tokens(name)
         shape = shape_of(self.weights, name)
-        if shape[1] != len(moment.mean):
+        if shape[1] != width:
             raise DataError(
-                f"layer {layer_index(name)}, {short_name(name)}: Hessian of width "
-                f"{len(moment.mean)} in {self.hessian_save_path} for a weight with {shape[1]} "
-                "inputs; it belongs to another model"
+                f"layer {layer_index(name)}, {short_name(name)}: Hessian of width {width} in "
+                f"{self.hessian_save_path} for a weight with {shape[1]} inputs; it belongs to "
+                "another model"
             )
         return SubLayerInfo(
             layer_idx=layer_index(name),
@@ -245,8 +246,17 @@ class ActivationAwareWeightCompressor:
             name=name,
             key=self.calibration.key_of[name],
             shape=shape,
-            tokens=moment.count,
+            tokens=tokens,
         )
+
+    def _width_and_tokens(self, name: str) -> tuple[int, int]:
+        """Of the Hessian of a layer; stored ones are not read for it."""
+        moments = self.calibration.moments
+        if isinstance(moments, StoredMoments):
+            entry = moments.entries[self.calibration.key_of[name]]
+            return entry["width"], entry["count"]
+        moment = self.calibration.of(name)
+        return len(moment.mean), moment.count
 
 
 # ---------------------------------------------------------------- names and matrices

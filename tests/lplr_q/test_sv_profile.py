@@ -105,11 +105,14 @@ def test_the_script_end_to_end(tmp_path):
     assert {r["form"] for r in curves} == {"plain", "whitened"}
     assert (folder / "figures" / "spectra.svg").is_file()
     assert len(read_csv(folder / "tables" / "layers.csv")) == 8
-    stored = replace(
-        TINY,
-        hessians=str(folder / "hessians"),
-        run=replace(options, name="stored"),
-    )
+
+
+@pytest.mark.slow
+def test_stored_hessians_give_the_same_spectra(tmp_path):
+    options = RunOptions(root=tmp_path, name="one", threads=1, device="cpu")
+    results = main(replace(TINY, run=options))
+    hessians = str(tmp_path / "lplr_q" / "one" / "hessians")
+    stored = replace(TINY, hessians=hessians, run=replace(options, name="stored"))
     assert main(stored)["energy"] == results["energy"]
 
 

@@ -11,6 +11,7 @@ from lplr_q.activation_aware.weight_compression import (
     short_name,
 )
 from lplr_q.weights import FolderWeights, ModuleWeights
+from tests.lplr_q.families import family_model
 from workbench.errors import ConfigError, DataError
 from workbench.tiny import byte_tokenizer, tiny_model
 
@@ -127,9 +128,10 @@ def test_a_lost_hessian_names_layer_key_path_and_command(folder, made, tmp_path)
     shutil.copytree(made[1], copy)
     (copy / "001.mlp.down_proj.safetensors").unlink()
     compressor = again(folder, copy)
-    compressor.get_layer_quantizer(0)
+    quantizer = compressor.get_layer_quantizer(1)
+    quantizer.compress_sublayer("v_proj")
     with pytest.raises(DataError) as caught:
-        compressor.get_layer_quantizer(1)
+        quantizer.compress_sublayer("down_proj")
     text = str(caught.value)
     for word in ("layer 1", "mlp.down_proj", str(copy), "save_hessians"):
         assert word in text
@@ -173,6 +175,20 @@ def test_a_given_model_of_another_family_and_its_transposed_layers(tmp_path):
     for weights in (files, ModuleWeights(model)):
         assert shape_of(weights, full) == tuple(files(full).shape)
         assert torch.equal(bias_of(weights, full), original.bias.detach())
+
+
+def test_experts_are_taken_apart_and_calibrated_one_by_one(tmp_path):
+    folder = tmp_path / "mixtral"
+    family_model("mixtral").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    quantizer = ActivationAwareWeightCompressor(
+        ModelParameters(str(folder), include="experts"), DATA, PARAMS, tmp_path / "h"
+    ).get_layer_quantizer(0)
+    name = "mlp.experts.1.down_proj"
+    assert name in quantizer.sublayers
+    result = quantizer.compress_sublayer(name)
+    stored = again(folder, tmp_path / "h").get_layer_quantizer(0)
+    assert torch.equal(stored.compress_sublayer(name).dequantize(), result.dequantize())
 
 
 def test_names():
