@@ -152,12 +152,29 @@ def main(experiment: Experiment) -> dict:
                     )
                     key = f"{arm.method}/{bits:g}/{text.name}"
                     run.log(len(rows), {key: rows[-1]["perplexity"]})
+        if experiment.tiny and stored:
+            stored["adapter"] = run.once("adapter", lambda: _adapter(run, stored, texts))
         return _report(run, experiment, rows, layers, curves, stored)
+
+
+def _adapter(run: Run, stored: dict[str, Any], texts: list[TextBlocks]) -> dict[str, Any]:
+    """A few LoRA steps on the smallest stored model, loaded afresh."""
+    from lplr_q.toy import tune_adapter
+    from workbench.models import load_model
+
+    first = next(iter(stored.values()))
+    model, _ = load_model(run.directory / first["folder"], device=run.device.device)
+    tokens = texts[0].tokens[:4].to(run.device.device)
+    return tune_adapter(model, tokens, seed=run.streams.integer("adapter"))
 
 
 def _model(run: Run, experiment: Experiment) -> tuple[Any, Any]:
     if not experiment.tiny:
-        return run.load_model(experiment.model, dtype=None)
+        from lplr_q.hf import require_uncompressed
+
+        model, tokenizer = run.load_model(experiment.model, dtype=None)
+        require_uncompressed(model)
+        return model, tokenizer
     from lplr_q.toy import train_toy
 
     return train_toy(run, steps=experiment.tiny_steps)

@@ -1,4 +1,5 @@
-"""A small language model trained within the run, so that the whole pipeline needs no download.
+"""A small language model trained within the run, so that the whole pipeline needs no download,
+and a few LoRA steps on what compression made of it.
 
 Four blocks of width 128 on the microworld and the standard library's documentation with the
 built-in tokenizer; it knows far less than the built-in models, and what it knows survives
@@ -80,3 +81,35 @@ def train_toy(
         parameter.requires_grad_(False)
     run.require_same("toy", weights_digest(model))
     return model, tokenizer
+
+
+def tune_adapter(model: Any, tokens: torch.Tensor, *, steps: int = 8, seed: int) -> dict[str, Any]:
+    """Loss before and after some steps of a LoRA adapter on the compressed layers.
+
+    The adapter is PEFT's; ``model`` keeps its codes and loses the adapter again.
+    """
+    from peft import LoraConfig
+
+    from lplr_q.activation_aware.quantized_layer import quantised_layers
+    from lplr_q.peft import get_peft_model
+
+    names = sorted({name.rpartition(".")[2] for name, _ in quantised_layers(model)})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tuned = get_peft_model(
+            model, LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM")
+        )
+    trained = [p for p in tuned.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-3)
+    losses = []
+    for _ in range(steps + 1):
+        loss = tuned(input_ids=tokens, labels=tokens, use_cache=False).loss
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return {
+        "loss_before": losses[0],
+        "loss_after": losses[-1],
+        "trained_parameters": sum(p.numel() for p in trained),
+    }

@@ -162,6 +162,38 @@ def test_the_toy_model_learns_and_is_compressed(tmp_path):
         assert torch.equal(first, second)
 
 
+@pytest.mark.slow
+def test_the_whole_pipeline_on_a_model_trained_on_the_spot(tmp_path):
+    run = RunOptions(root=tmp_path, threads=1, device="cpu")
+    results = main(
+        replace(
+            EXPERIMENT,
+            tiny=True,
+            tiny_steps=60,
+            bits=(2.0,),
+            calibration_tokens=4096,
+            evaluation_tokens=4096,
+            length=128,
+            codebook="tcq",
+            allocation="auto",
+            run=run,
+        )
+    )
+    rows = {(r["text"], r["method"]): r for r in results["rows"]}
+    for text in ("documents", "library text"):  # a model so blunt loses little by any method
+        ours, gptq = (rows[text, name] for name in ("LPLR-LDLQ, allocated", "GPTQ"))
+        assert ours["ratio"] <= gptq["ratio_high"]
+        assert ours["true_bits"] <= gptq["true_bits"]
+    layers = read_csv(next(tmp_path.glob("lplr_q/run-*")) / "tables" / "layers.csv")
+    errors = {name: {r["layer"]: r["error"] for r in layers if r["method"] == name}
+              for name in ("LPLR-LDLQ, allocated", "GPTQ")}  # fmt: skip
+    lower = [e < errors["GPTQ"][name] for name, e in errors["LPLR-LDLQ, allocated"].items()]
+    assert sum(lower) >= 0.95 * len(lower)
+    adapter = results["stored"]["adapter"]
+    assert adapter["loss_after"] < adapter["loss_before"]
+    assert results["stored"]["2"]["reload_difference"] == 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
