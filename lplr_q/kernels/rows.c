@@ -30,8 +30,8 @@ static inline __attribute__((always_inline)) floats point(const Lattice *l, uint
     const uint32_t sign = ((code >> 1) & 127) | l->parity[pattern];
     const words bits = *(const words *)(l->patterns + LANES * pattern)
                        ^ *(const words *)(l->flips + LANES * sign);
-    const float shift = (code & 1) ? -0.25f : 0.25f;
-    return (floats)bits + shift;
+    const words shift = (words){0} + (0x3E800000u | code << 31); /* 1/4, sign from bit 0: no jump */
+    return (floats)bits + (floats)shift;
 }
 
 /* exact: divided as torch divides; otherwise the caller divides the products by `scale`. */
