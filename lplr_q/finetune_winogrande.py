@@ -163,9 +163,10 @@ def _items(e: Experiment) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     if e.train_file is None:
         train = load_items(e.task, n=e.train_items, split="train")
         return train, load_items(e.task, n=e.validation_items)
-    train = read_items(e.train_file, e.task)
+    task = "winogrande" if e.task == BUILT_IN else e.task  # whose fields are understood
+    train = read_items(e.train_file, task)
     if e.validation_file is not None:
-        return train[: e.train_items], read_items(e.validation_file, e.task, e.validation_items)
+        return train[: e.train_items], read_items(e.validation_file, task, e.validation_items)
     if len(train) < 2:
         raise DataError(f"{e.train_file}: one item; at least 2 are needed to keep one apart")
     cut = len(train) - max(1, len(train) // 10)

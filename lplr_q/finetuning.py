@@ -136,6 +136,7 @@ def leader_folder(script: str, e: Tuning) -> Path:
 def load_student(run: Run, script: str, e: Tuning) -> tuple[nn.Module, Any]:
     """The compressed model as it was saved, and its tokenizer; compressed here if need be."""
     from lplr_q import distributed
+    from lplr_q.activation_aware.quantized_layer import quantised_layers
     from lplr_q.hf import save_compressed
 
     folder = Path(e.model_save_path) if e.model_save_path else None
@@ -146,6 +147,11 @@ def load_student(run: Run, script: str, e: Tuning) -> tuple[nn.Module, Any]:
             save_compressed(model, tokenizer, folder, notes={"model": e.original})
         distributed.barrier()
     model, tokenizer = run.load_model(e.model_save_path or folder, what="student")
+    if not any(True for _ in quantised_layers(model)):
+        raise ConfigError(
+            f"{folder} holds no compressed layer; give the folder of a compressed model, or leave "
+            "--model-save-path out"
+        )
     if e.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, tokenizer
