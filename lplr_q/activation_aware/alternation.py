@@ -31,7 +31,7 @@ from lplr_q.activation_aware.shaping import Q_HESSIANS, blind_hessian, covered_d
 from lplr_q.linalg.ldl import block_ldl
 from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep, ldlq, weighted_loss
 from lplr_q.linalg.randsvd import RandomisedSVD
-from lplr_q.linalg.regression import cholesky_whitening, rank_constrained_regression
+from lplr_q.linalg.regression import cholesky_whitening, closed_form
 
 SCALE_GRID = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
 
@@ -161,15 +161,24 @@ class Alternation:
 
     def update(self, component: str, turn: int) -> None:
         """One sub-step, recorded."""
+        loss = None
         if component == "LR":
-            self.state = self.state.with_low_rank(self._low_rank(turn))
+            low = self._low_rank(turn)
+            self.state = self.state.with_low_rank(low)
+            whole = self.problem.activation_aware_lr and not (turn == 1 and self.init == "odlri")
+            loss = low.loss if whole else None  # else it is that of another H or another matrix
         else:
             self.state = self.state.with_q(*self._rounded())
-        self._record(component, turn, complete=len(self.history) + 1 >= len(self.steps))
+        complete = len(self.history) + 1 >= len(self.steps)
+        self._record(component, turn, complete=complete, loss=loss)
 
-    def _record(self, component: str, turn: int, *, complete: bool) -> None:
-        error_matrix = self.problem.target - self.state.q - self.state.lr
-        loss = weighted_loss(error_matrix, self.problem.prepared.single())
+    def _record(
+        self, component: str, turn: int, *, complete: bool, loss: float | None = None
+    ) -> None:
+        """Note the error of the state, from ``loss`` where it is known; keep the best state."""
+        if loss is None:
+            error_matrix = self.problem.target - self.state.q - self.state.lr
+            loss = weighted_loss(error_matrix, self.problem.prepared.single())
         error = math.sqrt(max(loss, 0.0) / self.total)
         self.history.append({"round": turn, "component": component, "error": error})
         low = self.state.low_rank
@@ -267,9 +276,8 @@ class Alternation:
         if self.q_hessian == "downdate" and low is not None:
             return covered_directions(low.right.decode(), whitening)
         if self.q_hessian == "projq" and self.problem.rank:
-            _, right, _ = rank_constrained_regression(
-                self.problem.target - self.state.q, whitening, self.problem.rank, svd=self.svd
-            )
+            residual = self.problem.target - self.state.q
+            _, right, _ = closed_form(residual, whitening, self.problem.rank, svd=self.svd)
             return covered_directions(right, whitening)
         return None
 

@@ -24,7 +24,7 @@ from lplr_q.codebooks.base import Codebook, make_codebook
 from lplr_q.linalg.ldl import block_ldl
 from lplr_q.linalg.ldlq import CodebookBlocks, ldlq, weighted_loss
 from lplr_q.linalg.randsvd import RandomisedSVD
-from lplr_q.linalg.regression import Whitening, rank_constrained_regression
+from lplr_q.linalg.regression import Whitening, closed_form
 from lplr_q.linalg.scalar_ldlq import scalar_ldlq
 from workbench.errors import ConfigError
 
@@ -226,10 +226,9 @@ def fit_low_rank(
     rounding = rounding or FactorRounding()
     bits, codebook = rounding.bits, rounding.codebook
     if start is None:
-        left, right, _ = rank_constrained_regression(target, whitening, rank, svd=svd)
+        left, right, constant = closed_form(target, whitening, rank, svd=svd)
     else:
-        left, right = start
-    constant = weighted_loss(target, hessian)
+        (left, right), constant = start, weighted_loss(target, hessian)
     best: LowRank | None = None
 
     def consider(l_codes: QuantisedFactor, r_codes: QuantisedFactor, by_right: _ByRight) -> None:
@@ -237,7 +236,10 @@ def fit_low_rank(
         lt = l_codes.decode().to(target.dtype)
         cross = (lt * by_right.cross).sum(dtype=torch.float64)
         square = ((lt @ lt.T) * by_right.normal).sum(dtype=torch.float64)
-        loss = max(constant - 2 * float(cross) + float(square), 0.0)
+        loss = constant - 2 * float(cross) + float(square)
+        if loss < 1e-3 * constant:  # too little left for a difference of such sums
+            product = lt.T @ r_codes.decode().to(target.dtype)
+            loss = weighted_loss(target - product, hessian)
         if best is None or loss < best.loss:
             best = LowRank(l_codes, r_codes, loss)
 

@@ -53,21 +53,31 @@ def eigen_whitening(hessian: Float[Tensor, "n n"], *, floor: float = 1e-8) -> Wh
 
 
 def rank_constrained_regression(
+    target: Float[Tensor, "m n"], whitening: Whitening, rank: int
+) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"], Float[Tensor, " k"]]:
+    """Balanced factors L = U_r S_r^(1/2), R = S_r^(1/2) Z_r^T C^-1, and all singular values of
+    A C."""
+    whitening = whitening.to(target.dtype)
+    u, s, zt = torch.linalg.svd(target @ whitening.forward, full_matrices=False)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, whitening.undo(root[:, None] * zt[:rank]), s
+
+
+def closed_form(
     target: Float[Tensor, "m n"],
     whitening: Whitening,
     rank: int,
     *,
     svd: RandomisedSVD | None = None,
-) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"], Float[Tensor, " k"]]:
-    """Balanced factors L = U_r S_r^(1/2), R = S_r^(1/2) Z_r^T C^-1, and the singular values of A C.
-
-    All of them from the exact decomposition, the first r when ``svd`` computes it.
-    """
+) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"], float]:
+    """L and R as :func:`rank_constrained_regression`, by ``svd`` when given, and
+    tr(A H A^T) = |A C|^2."""
     whitening = whitening.to(target.dtype)
     product = target @ whitening.forward
+    energy = float(product.square().sum(dtype=torch.float64))
     if svd is None:
         u, s, zt = torch.linalg.svd(product, full_matrices=False)
     else:
         u, s, zt = svd(product, rank)
     root = s[:rank].sqrt()
-    return u[:, :rank] * root, whitening.undo(root[:, None] * zt[:rank]), s
+    return u[:, :rank] * root, whitening.undo(root[:, None] * zt[:rank]), energy
