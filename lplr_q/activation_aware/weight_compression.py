@@ -42,6 +42,7 @@ from lplr_q.activation_aware.hessian import collect_hessians
 from lplr_q.activation_aware.layer_quantization import ActivationAwareLayerQuant
 from lplr_q.activation_aware.moments import Calibration, StoredMoments, load_hessians
 from lplr_q.calibration import calibration_blocks, fingerprint
+from lplr_q.hf import require_uncompressed
 from lplr_q.weights import CONV1D_LAYERS, FolderWeights, ModuleWeights
 from workbench.errors import ConfigError, DataError
 from workbench.models import load_model, resolve
@@ -339,7 +340,12 @@ def collect_calibration(
     progress: Callable[[Iterable], Iterator] = iter,
 ) -> Calibration:
     """Hessians from the text that ``data`` names; written into ``folder`` block by block where one
-    is given, under the ``name`` of the model."""
+    is given, under the ``name`` of the model.
+
+    Raises:
+        ConfigError: the model is compressed already.
+    """
+    require_uncompressed(model)
     tokens, counted = calibration_blocks(data, tokenizer)
     origin = None
     if folder is not None:

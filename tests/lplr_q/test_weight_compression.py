@@ -191,6 +191,18 @@ def test_experts_are_taken_apart_and_calibrated_one_by_one(tmp_path):
     assert torch.equal(stored.compress_sublayer(name).dequantize(), result.dequantize())
 
 
+def test_a_compressed_model_is_not_compressed_again(made, tmp_path):
+    quantizer = made[0].get_layer_quantizer(0)
+    quantizer.compress_sublayer("up_proj")
+    model = tiny_model("mistral", num_hidden_layers=2)
+    model.model.layers[0].mlp.up_proj = quantizer.get_quantized_linear_layer("up_proj")
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.up_proj is compressed already"):
+        ActivationAwareWeightCompressor(
+            ModelParameters("mine"), DATA, PARAMS, tmp_path / "h", model=model,
+            tokenizer=byte_tokenizer(),
+        )  # fmt: skip
+
+
 def test_names():
     assert layer_index("transformer.h.11.attn.c_attn") == 11
     assert short_name("transformer.h.11.attn.c_attn") == "attn.c_attn"
