@@ -212,3 +212,134 @@ void trellis_points(const int64_t *codes, int64_t m, int64_t blocks, int64_t col
         }
     }
 }
+
+/* ------------------------------------------------------------------------------------ E8P */
+
+/* Nearest signed pattern to y: maximises 2 |y|.s - |s|^2, minus 4 min |y_i| s_i where the signs of y
+   make the coordinate sum odd and that coordinate has to be flipped. The 227 patterns of norm 2 to
+   10 are the permutations of seven: 3/2 at the k = 0 .. 4 largest |y_i| and 1/2 elsewhere, 5/2 at
+   the largest, 5/2 and 3/2 at the two largest. The 29 others are scored where the best score that
+   any of them could have is higher. Returns the index; point receives the signed pattern. */
+static int32_t e8p_search(const float *y, const float *patterns, const int16_t *lookup,
+                          float *point)
+{
+    float a[8], left[8], top[4], total = 0, least = __builtin_inff();
+    int place[4], odd = 0;
+    for (int i = 0; i < 8; i++) {
+        a[i] = left[i] = __builtin_fabsf(y[i]);
+        total += a[i];
+        least = a[i] < least ? a[i] : least;
+        odd ^= y[i] < 0;
+    }
+    for (int k = 0; k < 4; k++) {
+        int best = 0;
+        for (int i = 1; i < 8; i++) best = left[i] > left[best] ? i : best;
+        place[k] = best, top[k] = left[best], left[best] = -1;
+    }
+    /* sums of s: 4 + k, 6, 7; with an odd number of negative signs an even one is wrong */
+    const float even = odd ? 2 * least : 0, uneven = odd ? 0 : 2 * least;
+    const float best_of[7] = {
+        total - 2 - even,
+        total + 2 * top[0] - 4 - uneven,
+        total + 2 * (top[0] + top[1]) - 6 - even,
+        total + 2 * (top[0] + top[1] + top[2]) - 8 - uneven,
+        total + 2 * (top[0] + top[1] + top[2] + top[3]) - 10 - even,
+        total + 4 * top[0] - 8 - even,
+        total + 4 * top[0] + 2 * top[1] - 10 - uneven,
+    };
+    int kind = 0;
+    for (int c = 1; c < 7; c++) kind = best_of[c] > best_of[kind] ? c : kind;
+    float magnitude[8], best = best_of[kind], bottom = 0;
+    for (int i = 0; i < 8; i++) magnitude[i] = 0.5f;
+    for (int k = 0; k < (kind < 5 ? kind : kind - 4); k++) magnitude[place[k]] = 1.5f;
+    if (kind > 4) magnitude[place[0]] = 2.5f;
+
+    float low[3] = {__builtin_inff(), __builtin_inff(), __builtin_inff()}; /* three smallest */
+    for (int i = 0; i < 8; i++) {
+        float value = a[i];
+        for (int k = 0; k < 3; k++) {
+            const float larger = value > low[k] ? value : low[k];
+            low[k] = value < low[k] ? value : low[k];
+            value = larger;
+        }
+    }
+    bottom = low[0] + low[1] + low[2];
+    if (3 * total - 2 * bottom - 12 > best)
+        for (int s = 227; s < 256; s++) { /* the sum of these is 9 */
+            float score = -12, cheapest = __builtin_inff();
+            for (int i = 0; i < 8; i++) {
+                const float product = a[i] * patterns[8 * s + i];
+                score += 2 * product;
+                cheapest = product < cheapest ? product : cheapest;
+            }
+            if (!odd) score -= 4 * cheapest;
+            if (score > best) {
+                best = score;
+                memcpy(magnitude, patterns + 8 * s, sizeof magnitude);
+            }
+        }
+    float sum = 0, cheapest = __builtin_inff();
+    int flipped = 0, key = 0, power = 1;
+    for (int i = 0; i < 8; i++) {
+        const float cost = a[i] * magnitude[i];
+        sum += magnitude[i];
+        if (cost < cheapest) cheapest = cost, flipped = i;
+        point[i] = __builtin_signbit(y[i]) ? -magnitude[i] : magnitude[i];
+        key += power * (magnitude[i] < 1 ? 0 : magnitude[i] < 2 ? 1 : 2);
+        power *= 3;
+    }
+    if (((int)sum ^ odd) & 1) point[flipped] = -point[flipped];
+    return lookup[key];
+}
+
+/* Codes of the nearest E8P points of `count` vectors, as lplr_q/codebooks/e8p.py finds them.
+   lookup: index of the pattern with magnitudes 1/2 + d_i, at sum d_i 3^i, or -1. */
+void e8p_encode(const float *x, int64_t count, const float *patterns, const int16_t *lookup,
+                int64_t *codes)
+{
+    for (int64_t n = 0; n < count; n++) {
+        float y[2][8], point[2][8], distance[2];
+        int32_t pattern[2];
+        for (int side = 0; side < 2; side++) {
+            float sum = 0, largest = -1;
+            int place = 0, key = 0, power = 1, inside = 1;
+            for (int i = 0; i < 8; i++) {
+                y[side][i] = x[8 * n + i] - (side ? -0.25f : 0.25f);
+                point[side][i] = __builtin_floorf(y[side][i]) + 0.5f;
+                const float off = __builtin_fabsf(y[side][i] - point[side][i]);
+                sum += point[side][i];
+                if (off > largest) largest = off, place = i;
+            }
+            if (sum - 2 * __builtin_floorf(sum / 2) != 0) /* odd: the other neighbour, there */
+                point[side][place] += y[side][place] - point[side][place] < 0 ? -1.0f : 1.0f;
+            distance[side] = 0;
+            for (int i = 0; i < 8; i++) {
+                const float off = y[side][i] - point[side][i];
+                const float magnitude = __builtin_fabsf(point[side][i]);
+                distance[side] += off * off;
+                inside &= magnitude < 3;
+                key += power * (magnitude < 1 ? 0 : magnitude < 2 ? 1 : 2);
+                power *= 3;
+            }
+            pattern[side] = inside ? lookup[key] : -1;
+        }
+        const int missing[2] = {pattern[0] < 0, pattern[1] < 0};
+        float offered[2];
+        for (int side = 0; side < 2; side++)
+            offered[side] = missing[side] ? __builtin_inff() : distance[side];
+        const float known[2] = {offered[1], offered[0]}; /* what the other side offers */
+        for (int side = 0; side < 2; side++)
+            if (missing[side] && distance[side] < known[side]) {
+                pattern[side] = e8p_search(y[side], patterns, lookup, point[side]);
+                offered[side] = 0;
+                for (int i = 0; i < 8; i++) {
+                    const float off = y[side][i] - point[side][i];
+                    offered[side] += off * off;
+                }
+            }
+        const int second = offered[1] < offered[0];
+        int64_t code = ((int64_t)pattern[second] << 8) + second;
+        for (int i = 1; i < 8; i++) code += (int64_t)(point[second][i] < 0) << i;
+        codes[n] = code;
+    }
+}

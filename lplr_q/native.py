@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int16, Int64
 from torch import Tensor
 
 _SOURCE = Path(__file__).with_name("native.c")
@@ -161,6 +161,31 @@ def trellis_points(
     if codes.numel():
         in_threads(work, m, rows)
     return points
+
+
+def e8p_encode(
+    x: Float[Tensor, "N 8"], patterns: Float[Tensor, "256 8"], lookup: Int16[Tensor, " keys"]
+) -> Int64[Tensor, " N"] | None:
+    """Codes of the nearest E8P points; None when the kernel cannot be used. The tables are those of
+    :mod:`lplr_q.codebooks.e8p`, contiguous on the CPU."""
+    kernels = library() if x.device.type == "cpu" else None
+    if kernels is None:
+        return None
+    x = x.detach().to(torch.float32).contiguous()
+    codes = torch.empty(x.shape[0], dtype=torch.int64)
+
+    def work(low: int, high: int) -> int:
+        kernels.e8p_encode(
+            _address(x[low:high]),
+            ctypes.c_int64(high - low),
+            *map(_address, (patterns, lookup)),
+            _address(codes[low:high]),
+        )
+        return 0
+
+    if len(codes):
+        in_threads(work, len(codes), 256)
+    return codes
 
 
 def in_threads(work, count: int, step: int) -> list[int]:

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from lplr_q import native
 from lplr_q.codebooks.base import Codebook, require_bits
 from lplr_q.constants import on_cpu
 
@@ -77,6 +78,13 @@ def _tables() -> dict[str, Tensor]:
         "sign_bits": sign_bits,
         "axis": torch.arange(8)[:, None],
     }
+
+
+@lru_cache(maxsize=1)
+@on_cpu
+def _native_tables() -> tuple[Tensor, Tensor]:
+    tables = _tables()
+    return tables["patterns"].contiguous(), tables["lookup"].to(torch.int16)
 
 
 @lru_cache(maxsize=8)
@@ -144,7 +152,14 @@ def _best_outside(
 
 
 def encode_e8p(x: Float[Tensor, "N 8"]) -> Int64[Tensor, " N"]:
-    """Code of the nearest E8P point, exactly (ties broken arbitrarily).
+    """Code of the nearest E8P point, exactly (ties broken arbitrarily), in C where there is a
+    compiler."""
+    found = native.e8p_encode(x, *_native_tables()) if x.device.type == "cpu" else None
+    return torch_encode_e8p(x) if found is None else found
+
+
+def torch_encode_e8p(x: Float[Tensor, "N 8"]) -> Int64[Tensor, " N"]:
+    """:func:`encode_e8p` in torch, on any device.
 
     Per shift: round to half-integers; with an odd coordinate sum move the coordinate with the
     largest residual to its second nearest half-integer. If the magnitudes of that lattice point are

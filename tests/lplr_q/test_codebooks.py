@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lplr_q import native
 from lplr_q.codebooks import base
 from lplr_q.codebooks.base import Codebook, make_codebook
 from lplr_q.codebooks.e8p import (
@@ -12,6 +13,7 @@ from lplr_q.codebooks.e8p import (
     e8p_patterns,
     encode_e8p,
     reference_encode_e8p,
+    torch_encode_e8p,
 )
 from lplr_q.codebooks.rvq import e8_short_vectors
 from lplr_q.codebooks.scalar import gaussian_mse, lloyd_max_levels
@@ -57,15 +59,33 @@ def test_every_code_is_its_own_nearest_point():
     assert torch.equal(encode_e8p(decode_e8p(codes)), codes)
 
 
+@pytest.mark.parametrize("encode", [encode_e8p, torch_encode_e8p])
 @pytest.mark.parametrize("scale", [0.2, 1.03, 1.8, 4.0])
-def test_fast_encoder_is_exact(scale):
+def test_fast_encoder_is_exact(scale, encode):
     x = gaussian(1500, seed=3) * scale
-    fast = encode_e8p(x)
+    fast = encode(x)
     assert torch.equal(reference_encode_e8p(x), fast)
     points = decode_e8p(torch.arange(65536))
     few = x[:150]
     full = (2 * few @ points.T - points.square().sum(1)).argmax(1)
     assert torch.equal(full, fast[:150])
+
+
+@pytest.mark.skipif(native.library() is None, reason=native.status())
+@pytest.mark.parametrize("scale", [0.3, 1.03, 2.5])
+def test_compiled_encoder_gives_the_same_codes(scale):
+    x = gaussian(20_000, seed=8) * scale
+    compiled, plain = encode_e8p(x), torch_encode_e8p(x)
+    same = compiled == plain
+    assert int((~same).sum()) <= 1  # sums are rounded in another order: ties within 1e-6
+    errors = [(decode_e8p(codes) - x).square().sum(1) for codes in (compiled, plain)]
+    torch.testing.assert_close(errors[0], errors[1], rtol=1e-5, atol=1e-6)
+    assert encode_e8p(torch.empty(0, 8)).shape == (0,)
+
+
+def test_every_code_is_its_own_nearest_point_in_torch():
+    codes = torch.arange(65536)
+    assert torch.equal(torch_encode_e8p(decode_e8p(codes)), codes)
 
 
 @settings(max_examples=25, deadline=None)
@@ -78,8 +98,9 @@ def test_encoder_with_ties_still_finds_a_nearest_point(values):
     x = torch.tensor([values])
     points = decode_e8p(torch.arange(65536))
     best = (points - x).square().sum(1).min()
-    found = (decode_e8p(encode_e8p(x)) - x).square().sum()
-    assert float(found) == pytest.approx(float(best), abs=1e-5)
+    for encode in (encode_e8p, torch_encode_e8p):
+        found = (decode_e8p(encode(x)) - x).square().sum()
+        assert float(found) == pytest.approx(float(best), abs=1e-5)
 
 
 # value, tolerance: an independent full search over one million Gaussians
