@@ -82,13 +82,12 @@ def main(experiment: Experiment) -> dict[str, Any]:
 
 
 def _measure(run: Run, e: Experiment) -> dict[str, Any]:
-    from lplr_q.kernels.cpu import SOURCE
-    from lplr_q.native import library, load
+    from lplr_q.kernels.dispatch import status
 
     device = run.device.device
     if e.compile == "reduce-overhead" and device.type != "cuda":
         raise ConfigError("--compile reduce-overhead uses CUDA graphs; --device cuda has them")
-    run.note(f"products with codes: {load(SOURCE)[1] if library(SOURCE) else 'torch only'}")
+    run.note(status(device))
     model = _subject(run, e)
     cases = [(v, True) for v in e.variants]
     if e.without_factors and any(layer.rank for layer in _layers(model)):

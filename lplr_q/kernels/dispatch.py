@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from functools import lru_cache
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lplr_q import native
 from lplr_q.activation_aware.layer_state import decode_rows, unpack_tail
 from lplr_q.codebooks.base import make_codebook
-from lplr_q.kernels import cpu
+from lplr_q.kernels import cpu, triton_e8p
 from lplr_q.linalg.ldlq import CodebookBlocks
 
 
@@ -52,13 +54,29 @@ def gemv(
 ) -> Float[Tensor, "batch m"] | None:
     """The product by a compiled kernel, or None when there is none for this form."""
     book, n = make_codebook(name, bits), x.shape[1]
-    if x.shape[0] > MAX_BATCH or x.dtype == torch.float64 or not cpu.usable(codes, book):
+    if x.shape[0] > MAX_BATCH or x.dtype == torch.float64:
+        return None
+    engine = cpu if x.device.type == "cpu" else triton_e8p
+    if (engine is triton_e8p and not x.is_cuda) or not engine.usable(codes, book):
         return None
     blocks = _blocks(name, bits, n)
     whole = n // book.dim
-    y = cpu.multiply(x[:, : whole * book.dim], codes, book, blocks.scale, whole, m)
+    y = engine.multiply(x[:, : whole * book.dim], codes, book, blocks.scale, whole, m)
     if tail is not None and blocks.tail_codebook is not None:
         rest = unpack_tail(tail, book, n, 0, m)
         points = blocks.tail_codebook.decode(rest[..., None])[..., 0]
         y += x[:, whole * book.dim :].float() @ points.T
     return y.mul_(scale.view(y.dtype)).to(x.dtype)
+
+
+def status(device: torch.device) -> str:
+    """One line for a run's log: what multiplies with codes on this device, and why."""
+    if device.type == "cuda":
+        found = importlib.util.find_spec("triton") is not None
+        return "products with E8P codes: " + ("Triton" if found else "no Triton → torch decodes")
+    if device.type != "cpu":
+        return f"products with codes: no kernel for {device.type} → torch decodes"
+    if native.library(cpu.SOURCE) is None:
+        why = "FIVEFOLD_NATIVE=0" if native.load(cpu.SOURCE)[0] else native.load(cpu.SOURCE)[1]
+        return f"products with codes: {why} → torch decodes"
+    return f"products with codes: {native.load(cpu.SOURCE)[1]}"

@@ -1,12 +1,15 @@
 """Compiled products with codes against the plain decoding."""
 
+import importlib.util
+import os
+
 import pytest
 import torch
 
 from lplr_q import native
 from lplr_q.activation_aware.layer_state import code_layout, decode_rows
 from lplr_q.codebooks.base import make_codebook
-from lplr_q.kernels import cpu, dispatch
+from lplr_q.kernels import cpu, dispatch, triton_e8p
 from lplr_q.kernels.product import coded_factor, product, product_back, theta, tile_of
 
 needs_compiler = pytest.mark.skipif(
@@ -138,3 +141,35 @@ def test_the_operators_keep_their_contract():
         assert torch.autograd.gradcheck(
             lambda t: theta(t, True), rows.detach().double().requires_grad_()
         )
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not (INTERPRETED or torch.cuda.is_available()),
+    reason="Triton with a CUDA device (or TRITON_INTERPRET=1) is not there",
+)
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("shape", [(40, 48), (16, 128), (3, 8)])
+def test_the_cuda_kernel_agrees(bits, shape):
+    m, n = shape
+    device = "cpu" if INTERPRETED else "cuda"
+    codes, _ = random_codes("e8p", bits, m, n)
+    book = make_codebook("e8p", bits)
+    plain = decode_rows(codes, None, "e8p", bits, n, 0, m)
+    scale = dispatch._blocks("e8p", bits, n).scale
+    x = torch.randn(2, n)
+    found = triton_e8p.multiply(
+        x.to(device), [c.to(device) for c in codes], book, scale, n // 8, m
+    ).cpu()
+    torch.testing.assert_close(found, x @ plain.T, rtol=1e-4, atol=1e-4)
+
+
+def test_the_log_says_what_multiplies(monkeypatch):
+    assert "E8P" in dispatch.status(torch.device("cuda"))
+    assert "no kernel for meta" in dispatch.status(torch.device("meta"))
+    monkeypatch.setenv("FIVEFOLD_NATIVE", "0")
+    assert "torch decodes" in dispatch.status(torch.device("cpu"))
