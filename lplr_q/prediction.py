@@ -136,11 +136,16 @@ class Fit:
         return own[low] ** (1 - share) * own[high] ** share
 
 
+def least_kappa(factor_bits: int) -> float:
+    """A quarter of the scalar quantiser's distortion: rounded factors are never free."""
+    return distortion("lloyd-max", min(8, factor_bits)) / 4
+
+
 def predict(spectrum: Spectrum, choice: Choice, fit: Fit | None = None) -> float:
     """e^2 of a choice (module docstring); never above what zeroing the matrix would leave."""
     fit = fit or Fit()
     rank = min(choice.rank, len(spectrum.power) - 1)
-    kappa = 0.0 if choice.factor_bits == 16 else fit.kappa
+    kappa = 0.0 if choice.factor_bits == 16 else max(fit.kappa, least_kappa(choice.factor_bits))
     left = float(spectrum.power[rank])
     left += kappa * (float(spectrum.power[0]) - left)
     if not choice.q_bits:
@@ -189,7 +194,9 @@ def fit_probes(spectrum: Spectrum, measured: Mapping[Choice, float]) -> Fit:
         if error2 < exact and taken > 0:
             fit = Fit(scale, 0.0, math.log(exact / max(error2, 1e-30)) / taken)
         elif rounded > exact:
-            fit = Fit(scale, min(1.0, (error2 - exact) / (rounded - exact)))
+            least = least_kappa(choice.factor_bits)
+            share = min(1.0, (error2 - exact) / (rounded - exact))
+            fit = Fit(scale, least + share * (1 - least))
     return fit
 
 

@@ -198,8 +198,13 @@ def ratio_figure(rows: Sequence[dict[str, Any]]) -> Any:
     from workbench.plots import line_plot, new_figure
 
     panels = list(dict.fromkeys((r["model"], r["text"]) for r in rows))
-    figure, axes = new_figure(4.6 * len(panels), 3.8, columns=len(panels))
-    flat = [axes] if len(panels) == 1 else list(axes)
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = new_figure(4.6 * columns, 3.8 * lines, rows=lines, columns=columns)
+    flat = [axes] if len(panels) == 1 else list(axes.flat)
+    for unused in flat[len(panels) :]:
+        unused.set_visible(False)
+    flat = flat[: len(panels)]
     for panel, (model, text) in zip(flat, panels, strict=True):
         line_plot(
             panel,

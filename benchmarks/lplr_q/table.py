@@ -228,6 +228,8 @@ def report(run: Run, experiment: Experiment, rows: list[dict[str, Any]]) -> dict
     kept: list[dict[str, Any]] = []
     if experiment.output.is_file():
         kept = [row for row in read_csv(experiment.output) if row["model"] not in names]
+    # seconds belong to the machine of the moment: they stay in the run's own table
+    rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
     write_csv(experiment.output, [*kept, *rows])
     figure = ratio_figure([*kept, *rows])
     figure.savefig(experiment.output.with_suffix(".svg"), bbox_inches="tight")

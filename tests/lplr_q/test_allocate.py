@@ -142,6 +142,18 @@ def test_prediction_falls_with_rank_and_bits_and_never_exceeds_one():
     assert without == [pytest.approx(float(known.tail[r])) for r in (1, 4, 48)]
 
 
+def test_rounded_factors_are_never_free():
+    g = generator(2)
+    weight = torch.randn(32, 4, generator=g) @ torch.randn(4, 48, generator=g)
+    known = spectrum(weight, prepared_for(problem(32, 48)[1], 48))
+    plain = predict(known, Choice("e8p", 2, 0, 4))
+    fit = fit_probes(known, {Choice("e8p", 2, 0, 4): plain, Choice("e8p", 2, 2, 4): 1e-9})
+    assert fit.gamma > 0
+    ranked = predict(known, Choice("e8p", 2, 4, 4), Fit())
+    assert 1e-3 * plain < predict(known, Choice("e8p", 2, 4, 4), Fit(kappa=0.0)) < ranked < plain
+    assert predict(known, Choice("e8p", 2, 4, 16), Fit()) < 1e-9 * plain
+
+
 def test_interpolation_of_the_fit():
     fit = Fit({("e8p", 2): 1.0, ("e8p", 4): 4.0})
     assert [fit.of("e8p", b) for b in (2, 3, 4, 1)] == [1.0, pytest.approx(2.0), 4.0, 1.0]
