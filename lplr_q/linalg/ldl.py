@@ -32,12 +32,21 @@ def block_bounds(n: int, block: int) -> list[tuple[int, int]]:
     return [(low, min(low + block, n)) for low in range(0, n, block)]
 
 
-def cholesky(hessian: Float[Tensor, "n n"], *, what: str = "Hessian") -> Float[Tensor, "n n"]:
-    """Lower Cholesky factor in float64.
+def cholesky(
+    hessian: Float[Tensor, "n n"], *, what: str = "Hessian", single: bool | None = None
+) -> Float[Tensor, "n n"]:
+    """Lower Cholesky factor: in float64, or with ``single`` in float32 first and in float64 where
+    that fails.
+
+    ``single`` None means on CUDA, for a float32 matrix.
 
     Raises:
         DataError: not positive definite; names the smallest eigenvalue.
     """
+    if hessian.is_cuda and hessian.dtype == torch.float32 if single is None else single:
+        factor, info = torch.linalg.cholesky_ex(hessian.float())
+        if not int(info) and bool(torch.isfinite(factor).all()):
+            return factor
     matrix = hessian.double()
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info):
