@@ -214,14 +214,12 @@ class LPLRQuantizedLinear(nn.Module):
             length,
         )
 
-    def _factors(self) -> list[tuple[Tensor, Tensor]]:
-        """(L^T, R) pairs of the coded and the trained components, float32."""
-        pairs = []
-        if self.form.coded_rank:
-            pairs.append((self.factor("l"), self.factor("r")))
+    def _side(self, name: str) -> Float[Tensor, "r length"]:
+        """L^T (``l``) or R (``r``): coded components, then parameters; float32."""
+        parts = [self.factor(name)] if self.form.coded_rank else []
         if self.form.ft_rank:
-            pairs.append((self.lora_L.float().T, self.lora_R.float()))
-        return pairs
+            parts.append(self.lora_L.float().T if name == "l" else self.lora_R.float())
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def signs(self) -> tuple[Tensor, Tensor]:
         """(signs_out, signs_in): +-1, or what training made of them."""
@@ -246,9 +244,7 @@ class LPLRQuantizedLinear(nn.Module):
             total = matrix(codes, tail, self.q_scale, form.codebook, form.q_bits, m, n)
         else:
             total = torch.zeros(m, n, device=next(self.buffers(), self.bias).device)
-        for left, right in self._factors():
-            total = total + left.T @ right
-        return total
+        return total + self._side("l").T @ self._side("r") if form.rank else total
 
     def dequantize(self) -> Float[Tensor, "m n"]:
         """The dense matrix in its own basis, float32."""
@@ -335,13 +331,8 @@ class LPLRQuantizedLinear(nn.Module):
 
     def _low_rank(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """All components as L (m, r) and R (r, n)."""
-
-        def side(index: int) -> Tensor:
-            parts = [pair[index] for pair in self._factors()]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-        left = self._keep("left", dtype, lambda: side(0).T)
-        return left, self._keep("right", dtype, lambda: side(1))
+        left = self._keep("left", dtype, lambda: self._side("l").T)
+        return left, self._keep("right", dtype, lambda: self._side("r"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LPLRQuantizedLinear:
         self._kept.clear()  # built again on the new device
