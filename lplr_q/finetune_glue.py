@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lplr_q.comparison import curve_figure
 from lplr_q.finetuning import (
     Tuning,
-    curve_figure,
     load_student,
     save_tuned,
     stored_bits,

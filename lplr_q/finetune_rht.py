@@ -16,11 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lplr_q.comparison import Comparison, finish_perplexity
 from lplr_q.finetuning import (
-    Comparison,
     Tuning,
     concatenated,
-    finish_perplexity,
     load_original,
     load_student,
     save_tuned,

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lplr_q.comparison import Comparison, finish_perplexity
 from lplr_q.finetuning import (
-    Comparison,
     Tuning,
     concatenated,
-    finish_perplexity,
     language_model_nats,
     load_original,
     load_student,

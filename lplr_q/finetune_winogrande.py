@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lplr_q.comparison import curve_figure
 from lplr_q.eval_tasks import BUILT_IN, TASKS, load_items, read_items
 from lplr_q.finetuning import (
     Tuning,
-    curve_figure,
     load_original,
     load_student,
     save_tuned,
