@@ -165,8 +165,7 @@ class Alternation:
         if component == "LR":
             low = self._low_rank(turn)
             self.state = self.state.with_low_rank(low)
-            whole = self.problem.activation_aware_lr and not (turn == 1 and self.init == "odlri")
-            loss = low.loss if whole else None  # else it is that of another H or another matrix
+            loss = low.loss if self.problem.activation_aware_lr else None  # else that of H = I
         else:
             self.state = self.state.with_q(*self._rounded())
         complete = len(self.history) + 1 >= len(self.steps)
@@ -190,7 +189,7 @@ class Alternation:
         problem = self.problem
         target, rank, start = problem.target - self.state.q, problem.rank, None
         if turn == 1 and self.init == "odlri":
-            target, start = odlri_start(problem.target, problem.prepared, rank)
+            start = odlri_start(target, problem.prepared, rank)
         if turn == 1 and self.init == "srr" and problem.rounding is not None:
             rank = max(1, srr_split(problem.target, problem.prepared, rank))
         return self._fit(target, rank, start)

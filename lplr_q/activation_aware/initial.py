@@ -3,7 +3,8 @@
 ``lr_first``  the rank-r optimum for W.
 ``q_first``   L R = 0.
 ``odlri``     the rank-r optimum for W seen through its outlier channels only: the k channels with
-              the largest H_jj, k = max(r, n / 100), so that Q meets no outliers.   [ODLRI]
+              the largest H_jj, k = max(r, n / 100); L and R meet the outliers, Q need not.
+              [ODLRI]
 ``srr``       the first k components preserve W, the other r - k repair W - Q; k minimises
               rho_k(W C) rho_{r-k}(noise), rho_k(A)^2 = sum_{i>k} S_i^2 / sum S_i^2.   [SRR]
 """
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lplr_q.activation_aware.factors import fit_right
 from lplr_q.activation_aware.prepared import PreparedHessian
 from lplr_q.linalg.hadamard import rotate_rows
 from lplr_q.linalg.ldl import cholesky
@@ -37,14 +39,17 @@ def outlier_channels(prepared: PreparedHessian, rank: int) -> Float[Tensor, "k n
 
 def odlri_start(
     target: Float[Tensor, "m n"], prepared: PreparedHessian, rank: int
-) -> tuple[Float[Tensor, "m n"], tuple[Tensor, Tensor]]:
-    """The part of W in its outlier channels, and the (L, R) that fit it best at rank r."""
+) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
+    """L and R that fit W best on its outlier channels at rank r.
+
+    The restricted problem leaves R free on all other channels; there R = L^+ W, which is also its
+    optimum for this L on the outlier channels themselves.
+    """
     rows = outlier_channels(prepared, rank)
-    seen = target @ rows.T
     hessian = rows.double() @ prepared.matrix @ rows.double().T
     whitening = cholesky_whitening(cholesky((hessian + hessian.T) / 2))
-    left, right, _ = rank_constrained_regression(seen, whitening, rank)
-    return seen @ rows, (left, right @ rows)
+    left, _, _ = rank_constrained_regression(target @ rows.T, whitening, rank)
+    return left, fit_right(target, left)
 
 
 def tail_ratios(values: Float[Tensor, " k"]) -> Float[Tensor, " k+1"]:
