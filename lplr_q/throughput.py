@@ -313,7 +313,6 @@ def _report(run: Run, e: Experiment, model: Any, rows: list[dict[str, Any]]) -> 
         value="tokens_per_second",
         series="part",
         xlabel="tokens per second",
-        digits=1,
     )
     said = ", ".join(
         f"{r['variant']}{'' if r['factors'] else ' without factors'} {r['tokens_per_second']:.1f}"
