@@ -146,7 +146,7 @@ def main(experiment: Experiment) -> dict[str, Any]:
 
 
 def _quantize(run: Run, e: Experiment) -> dict[str, Any]:
-    from lplr_q.activation_aware.discovery import unfuse_experts
+    from lplr_q.activation_aware.discovery import fused_experts, unfuse_experts
     from lplr_q.calibration import use_token
     from lplr_q.quantize_model import assemble
     from workbench import storage
@@ -163,6 +163,9 @@ def _quantize(run: Run, e: Experiment) -> dict[str, Any]:
     if getattr(model.config, "quantization_config", None) is not None:
         raise ConfigError(f"{e.base_model} is already quantised; give the original model")
     unfuse_experts(model)
+    left = [name for name, fits in fused_experts(model).items() if not fits]
+    if left:
+        run.note(f"{len(left)} modules of fused experts stay in 16 bit, e.g. {left[0]}")
     names = chosen_names(model, e)
     if e.inputs == "compressed":
         records = _in_turns(run, e, model, tokenizer, settings, allocation, work, names)
