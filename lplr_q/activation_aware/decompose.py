@@ -35,7 +35,13 @@ from lplr_q.activation_aware.prepared import PreparedHessian, prepare_hessian, r
 from lplr_q.activation_aware.shaping import Q_HESSIANS
 from lplr_q.bits import LayerBits, layer_bits
 from lplr_q.codebooks.base import make_codebook
-from lplr_q.linalg.hadamard import hadamard_plan, random_signs, rotate_weight, unrotate_weight
+from lplr_q.linalg.hadamard import (
+    hadamard_plan,
+    random_signs,
+    rotate_weight,
+    unrotate_rows,
+    unrotate_weight,
+)
 from lplr_q.linalg.ldl import require_finite
 from lplr_q.linalg.ldlq import CodebookBlocks, weighted_loss
 from workbench.errors import ConfigError, DataError
@@ -130,6 +136,11 @@ def check_settings(
 ) -> None:
     """Raise ConfigError for settings that would decompose nothing or cannot exist."""
     m, n = shape
+    order = tuple(update_order)
+    if not order or len(set(order)) < len(order) or set(order) - {"LR", "Q"}:
+        raise ConfigError(
+            f"update_order={list(order)}: name LR and Q, each at most once and one at least"
+        )
     if rounds < 1:
         raise ConfigError(f"rounds={rounds}: nothing would be decomposed; use at least 1")
     if rank < 0 or rank > min(m, n):
@@ -142,11 +153,6 @@ def check_settings(
     ):
         if given not in choices:
             raise ConfigError(f"{option}={given!r}; choose from {', '.join(choices)}")
-    order = tuple(update_order)
-    if not order or len(set(order)) < len(order) or set(order) - {"LR", "Q"}:
-        raise ConfigError(
-            f"update_order={list(order)}: name LR and Q, each at most once and one at least"
-        )
 
 
 def decompose(  # noqa: PLR0913 - one keyword per option of the method
@@ -307,6 +313,7 @@ def quip_sharp(
         rank=0,
         rounds=1,
         sweeps=sweeps,
+        refinements=0,
         scale_multiplier=scale_multiplier,
         generator=generator,
     )
@@ -347,8 +354,8 @@ def _measured(
         difference = wide - ours.double()
         loss += weighted_loss(difference, hessian)
         total += weighted_loss(wide, hessian)
-        square += float(difference.square().sum())
-        whole += float(wide.square().sum())
+        square += float(_own_inputs(difference, draft).square().sum())
+        whole += float(_own_inputs(wide, draft).square().sum())
     left = draft.left
     return replace(
         draft,
@@ -365,6 +372,15 @@ def _measured(
             rescaled=draft.rescale is not None,
         ),
     )
+
+
+def _own_inputs(rows: Float[Tensor, "k n"], draft: Decomposition) -> Float[Tensor, "k n"]:
+    """Rows in the basis and scale of the inputs; a rotation alone leaves norms as they are."""
+    if draft.rescale is None:
+        return rows
+    if draft.signs_in is not None:
+        rows = unrotate_rows(rows, draft.signs_in)
+    return rows / draft.rescale.view(torch.bfloat16).to(rows.dtype)
 
 
 def rotation_kind(width: int) -> str:
