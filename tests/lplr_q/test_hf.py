@@ -130,7 +130,16 @@ def other_family(name):
     return getattr(transformers, f"{name.capitalize()}ForCausalLM")(config).eval()
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "mamba", "mamba2", "qwen2", "mixtral"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gpt2",
+        "mamba2",
+        "qwen2",
+        "mixtral",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "phi3", "mamba")),
+    ],
+)
 def test_p10_other_families_reload_with_the_same_logits(family, tmp_path):
     if family in FAMILIES:
         layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
@@ -150,7 +159,13 @@ def test_p10_other_families_reload_with_the_same_logits(family, tmp_path):
     assert torch.equal(logits(load_model(again)[0]), logits(compressed))
 
 
-@pytest.mark.parametrize("order", ["import lplr_q, transformers", "import transformers, lplr_q"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import lplr_q, transformers",
+        pytest.param("import transformers, lplr_q", marks=pytest.mark.slow),
+    ],
+)
 def test_plain_from_pretrained_after_the_import(saved, order):
     _, _, folder, _ = saved
     code = (
