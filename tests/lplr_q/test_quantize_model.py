@@ -392,8 +392,7 @@ def test_bad_input(model, calibration, tmp_path):
 def test_perplexity_of_a_trained_model_rises_as_bits_fall(tmp_path):
     """P10."""
     from lplr_q.activation_aware.quantized_layer import set_mode
-    from lplr_q.evaluate import load_blocks
-    from workbench.evaluate import perplexity
+    from lplr_q.evaluate import load_blocks, nats_by_source, perplexity_columns
     from workbench.models import load_model
 
     model, tokenizer = load_model("micro-mistral")
@@ -401,13 +400,18 @@ def test_perplexity_of_a_trained_model_rises_as_bits_fall(tmp_path):
     train = load_blocks(tokenizer, "microworld:doc", split="train", **place)
     test = load_blocks(tokenizer, "microworld:doc", split="test", **place)
     calibration = collect_hessians(model, train.tokens, mask=train.counted)
-    found = [perplexity(model, test.tokens).perplexity]
+
+    def perplexity(subject):
+        nats = nats_by_source(subject, [test])[test.name]
+        return perplexity_columns(test, nats)["perplexity"]  # padding is not counted
+
+    found = [perplexity(model)]
     for bits in (4.1, 3.1, 2.1):
         settings = replace(QUICK, bits=bits)
         compress_model(model, calibration, settings, tmp_path / str(bits))
         compressed, _ = load_model("micro-mistral")
         assemble(compressed, tmp_path / str(bits))
-        found.append(perplexity(set_mode(compressed, "cached"), test.tokens).perplexity)
+        found.append(perplexity(set_mode(compressed, "cached")))
     original, four, three, two = found
     assert four < three < two
     assert four == pytest.approx(original, rel=0.02)
