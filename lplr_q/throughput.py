@@ -256,7 +256,7 @@ def _one_turn(run: Run, e: Experiment, model: Any, variant: str, factors: bool) 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     steps = Steps(made, e.compile, device, first)
-    steps.many(max(1, e.warmup))
+    steps.many(max(4 if steps.static else 1, e.warmup))  # the first ones compile
     run.check_interrupt()
     seconds = steps.many(e.tokens)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -279,7 +279,8 @@ class LPLRQuantizedLinear(nn.Module):
             return build().to(dtype)
         found = self._kept.get((name, dtype))
         if found is None:
-            with torch.no_grad():
+            # what is built in inference mode could never take part in a backward pass
+            with torch.inference_mode(False), torch.no_grad():
                 found = build().to(dtype).detach()
             self._kept[name, dtype] = found
         return found

@@ -111,6 +111,18 @@ def test_cached_matrix_is_dropped_by_a_cast_and_a_change_of_mode():
     assert [name for name, _ in quantised_layers(model)] == ["0"]
 
 
+@pytest.mark.parametrize("mode", ["cached", "kernel"])
+def test_what_was_kept_in_inference_mode_serves_a_backward_pass(mode):
+    _, layer = compressed(rank=2)
+    layer.set_mode(mode)
+    with torch.inference_mode():
+        layer(torch.randn(2, 40))
+    x = torch.randn(2, 40, requires_grad=True)
+    layer(x).sum().backward()
+    expected = layer.dequantize().sum(0).expand(2, -1)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_layer_without_rotation_does_not_rotate():
     result, layer = compressed(rotated=False)
     assert layer.settings()["rotation_in"] == "none"

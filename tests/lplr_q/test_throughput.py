@@ -80,6 +80,25 @@ def test_steps_with_a_cache_are_those_of_the_whole_sequence(family):
     assert whole.tolist() == seen[1:]
 
 
+@pytest.mark.slow
+def test_compiled_steps_are_the_same_steps(monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda m, mode: compiled(m, backend="aot_eager"))
+    model = variant_of(coded(), "kernel", factors=True)
+    plain = Steps(model, "no", torch.device("cpu"), 5)
+    steps = Steps(model, "default", torch.device("cpu"), 5)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.inference_mode():
+        for _ in range(5):
+            plain.one()
+            steps.one()
+            assert int(steps.token) == int(plain.token)
+    counted = torch._dynamo.utils.counters
+    assert counted["stats"]["unique_graphs"] <= 2  # the first step, and all others
+    assert not counted["graph_break"]
+
+
 def test_a_full_context_starts_anew():
     model = coded()
     model.config.max_position_embeddings = 3
