@@ -6,7 +6,9 @@ circle of symbols alone says every state (:mod:`lplr_q.codebooks.trellis`), so a
 weights costs k m n bits exactly. Rows left over make a tile of their own, a shorter circle.
 
 QTIP's tiles are 16 x 16. Ours are 64 x 4: as long a circle, but LDLQ feeds the error back every
-four columns instead of every sixteen, which the error shows (``tests/lplr_q/test_ldlq.py``).
+four columns instead of every sixteen, which the error shows (``tests/lplr_q/test_ldlq.py``). The C
+search makes no difference between them; in torch alone, which walks all tiles of a block of columns
+in step, LDLQ with ``tcq-16x16`` takes a quarter of the time.
 
 The points table[s] are one of
 

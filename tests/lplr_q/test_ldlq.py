@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lplr_q import native
+from lplr_q.activation_aware.decompose import decompose, prepare_hessian
 from lplr_q.baselines import GroupGrid, gptq, min_max_grid, round_to_nearest
 from lplr_q.codebooks.base import make_codebook
 from lplr_q.linalg.hadamard import rotate_hessian, rotate_weight
@@ -139,6 +141,20 @@ def test_rows_are_independent():
     assert torch.equal(points[order], permuted)
 
 
+@pytest.mark.parametrize("codebook", ["e8p", "tcq-8", "lloyd-max"])
+def test_scaling_the_weight_scales_q(codebook):
+    """P4: the codes of c W are those of W (c a power of two, so that nothing is rounded anew)."""
+    weight, hessian = problem(12, 20, dtype=torch.float32)
+    prepared = prepare_hessian(hessian, 20, generator=None)
+    once, scaled = (
+        decompose(factor * weight, prepared, codebook=codebook, q_bits=2, rank=0, rounds=1)
+        for factor in (1.0, 4.0)
+    )
+    for a, b in zip(once.q_codes, scaled.q_codes, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(4 * once.dequantize(), scaled.dequantize())
+
+
 def test_sign_flips_of_columns_pass_through_a_symmetric_codebook():
     weight, hessian = problem(6, 24)
     blocks = CodebookBlocks(make_codebook("lloyd-max", 2), 24)
@@ -250,6 +266,8 @@ def test_errors_on_the_reference_problem(
     rotated_problem, name, multiplier, after_ldlq, after_sweep
 ):
     """Relative error e of 2-bit LDLQ after the rotation, and after one guarded sweep."""
+    if name.startswith("tcq") and native.library() is None:
+        pytest.skip(f"a minute in torch; {native.status()}")
     weight, hessian, total = rotated_problem
     book = make_codebook(name, 2)
     blocks = CodebookBlocks(book, 512, multiplier=multiplier)

@@ -171,7 +171,7 @@ def test_searched_clipping_is_never_worse(bits):
 
 def test_ordering_on_gaussian_weights_at_two_bits():
     """More suitable points, less error; trellis below lattice below scalar levels."""
-    x = gaussian(64, 512, seed=6)
+    x = gaussian(64, 128, seed=6)
     names = ["uniform", "uniform-asymmetric", "uniform-mse", "lloyd-max", "lattice"]
     errors = [error(make_quantizer(name, 2), x) for name in names]
     errors.append(error(make_quantizer("lattice", 2, codebook="tcq-8"), x))
