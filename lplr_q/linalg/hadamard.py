@@ -233,13 +233,28 @@ def _sylvester(width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return normalised.to(device=device, dtype=dtype)
 
 
+@torch.library.custom_op("lplr_q::paley", mutates_args=())
+def _paley_operator(like: Tensor, order: int) -> Tensor:
+    """The dense factor on the device and in the type of ``like``, as one node of a graph: its
+    construction over a finite field is nothing to trace."""
+    return _dense_factor(order, like.device, like.dtype).clone()
+
+
+@_paley_operator.register_fake
+def _paley_shape(like: Tensor, order: int) -> Tensor:
+    return like.new_empty(order, order)
+
+
 def _factors(
     plan: HadamardPlan, x: Tensor, *, inverse: bool
 ) -> list[tuple[Float[Tensor, "r r"], int]]:
     """(matrix, stride) of every stage, innermost first: H_n = H_r1 (x) H_r2 (x) .. (x) P_K."""
     found, inner = [], 1
     if plan.order > 1:
-        factor = _dense_factor(plan.order, x.device, x.dtype)
+        if torch.compiler.is_compiling():
+            factor = _paley_operator(torch.empty(0, device=x.device, dtype=x.dtype), plan.order)
+        else:
+            factor = _dense_factor(plan.order, x.device, x.dtype)
         found.append((factor.T if inverse else factor, inner))
         inner = plan.order
     for radix in reversed(radices(plan.butterfly)):
