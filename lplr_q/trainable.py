@@ -85,9 +85,7 @@ def _rest(layer: LPLRQuantizedLinear, name: str, skip: int) -> dict[str, Tensor]
     return state
 
 
-def make_trainable(
-    model: nn.Module, *, signs: bool, ft_rank: int
-) -> dict[str, list[nn.Parameter]]:
+def make_trainable(model: nn.Module, *, signs: bool, ft_rank: int) -> dict[str, list[nn.Parameter]]:
     """Freeze everything, then let signs and ``ft_rank`` components of every compressed layer train.
 
     Layers of a smaller rank train all they have. Returns the parameters as ``{"signs": […],
