@@ -1,21 +1,31 @@
+from itertools import pairwise
+
 import pytest
 import torch
 
 from lplr_q.activation_aware.factors import (
     FactorRounding,
+    LowRank,
+    ascending_levels,
     decode_factor,
+    factor_layout,
     fit_left,
     fit_low_rank,
     fit_right,
     quantise_factor,
+    quantise_left,
 )
-from lplr_q.linalg.ldl import cholesky
-from lplr_q.linalg.ldlq import weighted_loss
+from lplr_q.activation_aware.refine import refinable, sweep_left, sweep_right
+from lplr_q.codebooks.base import make_codebook
+from lplr_q.codebooks.scalar import lloyd_max_levels
+from lplr_q.linalg.ldl import block_ldl, cholesky
+from lplr_q.linalg.ldlq import CodebookBlocks, ldlq, weighted_loss
 from lplr_q.linalg.regression import (
     cholesky_whitening,
     eigen_whitening,
     rank_constrained_regression,
 )
+from lplr_q.linalg.scalar_ldlq import scalar_ldlq
 from workbench.errors import ConfigError
 
 
@@ -135,6 +145,80 @@ def test_sixteen_bit_factors_reach_the_closed_form():
     assert result.loss == pytest.approx(float(tail), rel=2e-3)
     product = result.product().double()
     assert result.loss == pytest.approx(weighted_loss(target - product, hessian), rel=1e-5)
+
+
+@pytest.mark.parametrize("codebook", ["lloyd-max", "uniform"])
+def test_feedback_lowers_the_weighted_error_of_a_rounded_factor(codebook):
+    target, hessian = problem(8, 48)
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.linalg.qr(torch.randn(48, 48, generator=generator).double()).Q
+    factor, hessian = target.float(), mixing @ hessian @ mixing.T
+    lower = block_ldl(hessian, 1).lower
+    plain = quantise_factor(factor, 3, codebook).decode() - factor
+    aware = quantise_factor(factor, 3, codebook, lower=lower).decode() - factor
+    assert weighted_loss(aware.double(), hessian) < 0.9 * weighted_loss(plain.double(), hessian)
+    left = factor.T.contiguous()  # L is rounded under R H R^T, across components
+    normal = hessian[:8, :8]
+    errors = [
+        (quantise_left(left, 3, codebook, n).decode() - factor).T.double() for n in (None, normal)
+    ]
+    assert weighted_loss(errors[1], normal) <= weighted_loss(errors[0], normal)
+
+
+@pytest.mark.parametrize(("r", "n", "buffer"), [(3, 40, 128), (5, 70, 16), (1, 5, 1)])
+def test_scalar_rounding_is_the_general_one(r, n, buffer):
+    _, hessian = problem(4, n)
+    factor = torch.randn(r, n, generator=torch.Generator().manual_seed(2)).double()
+    lower, book = block_ldl(hessian, 1).lower, make_codebook("lloyd-max", 3)
+    levels = ascending_levels(book)
+    assert levels is not None
+    general, _ = ldlq(factor, lower, CodebookBlocks(book, n))
+    assert torch.equal(scalar_ldlq(factor, lower, levels, buffer=buffer), torch.cat(general, 1))
+    assert ascending_levels(make_codebook("e8p", 2)) is None
+
+
+@pytest.mark.parametrize("codebook", ["e8p", "tcq-8"])
+def test_factors_of_vector_codebooks_decode_from_their_codes(codebook):
+    factor = torch.randn(6, 45, generator=torch.Generator().manual_seed(0)) * 3
+    rounded = quantise_factor(factor, 4, codebook)
+    slots, scales = factor_layout(6, 45, bits=4, codebook=codebook)
+    assert rounded.codes.shape == (6, slots)
+    assert rounded.scales.shape == (scales,) == (1,)
+    error = (rounded.decode() - factor).square().mean() / factor.square().mean()
+    assert float(error) < 0.02
+
+
+def test_sweeps_over_the_factors_never_raise_the_loss():
+    target, hessian = problem(30, 24)
+    target, hessian = target.float(), hessian.float()
+    low = fit_low_rank(
+        target,
+        hessian,
+        cholesky_whitening(cholesky(hessian).float()),
+        rank=4,
+        rounding=FactorRounding(2),
+        inner_iterations=1,
+    )
+    losses = [weighted_loss(target - low.product(), hessian)]
+    for sweep in (sweep_left, sweep_right, sweep_left, sweep_right):
+        low = sweep(target, hessian, low)
+        losses.append(weighted_loss(target - low.product(), hessian))
+    assert all(b <= a * (1 + 1e-6) for a, b in pairwise(losses))
+    assert losses[-1] < losses[0]
+    assert refinable(low)
+
+
+def test_sweep_of_the_right_factor_by_hand():
+    """One component, H = I: every entry of R goes to the level nearest to its least squares."""
+    target = torch.tensor([[1.0, -3.0, 0.2], [2.0, -6.0, 0.4]])
+    left = quantise_factor(torch.tensor([[1.0, 2.0]]), 8)
+    start = quantise_factor(torch.tensor([[1.0, 1.0, 1.0]]), 3)
+    low = sweep_right(target, torch.eye(3), LowRank(left, start, 0.0))
+    column = left.decode()[0]
+    best = (column @ target) / column.square().sum()
+    levels = lloyd_max_levels(3).float() * float(start.scales.view(torch.bfloat16))
+    nearest = levels[(best[:, None] - levels).abs().argmin(1)]
+    torch.testing.assert_close(low.right.decode()[0], nearest)
 
 
 def test_unknown_factor_bits():
