@@ -5,6 +5,7 @@ import torch
 
 from lplr_q.activation_aware.decompose import decompose, prepare_hessian
 from lplr_q.activation_aware.quantized_layer import LPLRQuantizedLinear, quantised_layers, set_mode
+from lplr_q.bits import layer_bits
 from workbench.errors import ConfigError, DataError
 
 
@@ -392,3 +393,14 @@ def test_cached_and_kernel_agree_with_decoding_in_bfloat16():
     for mode in ("kernel", "cached"):
         found = layer.set_mode(mode)(x).float()
         assert float((found - expected).norm() / expected.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("ft_rank", [0, 2, 3])
+@pytest.mark.parametrize("signs", ["packed", "float"])
+@pytest.mark.parametrize("book", ["lloyd-max", "e8p"])
+def test_the_layer_counts_as_the_formula_does(ft_rank, signs, book):
+    form = {"rank": 3, "codebook": "tcq", "ft_rank": ft_rank, "factor_codebook": book}
+    layer = LPLRQuantizedLinear(40, 24, rescaled=True, signs=signs, **form)
+    counted = layer_bits(24, 40, rescaled=True, float_signs=signs == "float", **form)
+    assert layer.stored_bits() == counted
+    assert layer.buffer_bytes() * 8 == counted.total
