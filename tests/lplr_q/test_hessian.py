@@ -319,7 +319,7 @@ def test_the_cross_moment_pairs_original_with_compressed_inputs(tokens):
     rows = {}
     for label, network in (("x", untouched), ("y", model)):
         handle = network.get_submodule(name).register_forward_pre_hook(
-            lambda _m, a, label=label: rows.update({label: a[0].flatten(0, -2).double()})
+            lambda _m, a, label=label: rows.__setitem__(label, a[0].flatten(0, -2).double())
         )
         with torch.no_grad():
             network(input_ids=tokens, use_cache=False)

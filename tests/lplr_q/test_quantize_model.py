@@ -229,7 +229,7 @@ def test_workers_end_with_their_parent(model, calibration, tmp_path):
         time.sleep(0.05)
     process.kill()
     process.wait()
-    limit = time.monotonic() + 20
+    limit, left = time.monotonic() + 20, b"unknown"
     while time.monotonic() < limit:
         left = subprocess.run(
             ["ps", "-o", "pid=", "-g", str(process.pid)], capture_output=True, check=False
