@@ -118,7 +118,12 @@ def baselines(weight: torch.Tensor, hessian: torch.Tensor) -> dict[str, tuple[di
         made = round_to_nearest(weight, bits=bits) if nearest else gptq(weight, hessian, bits=bits)
         error = relative_error(weight, made.weight, hessian.double())
         seconds = time.process_time() - begin
-        row = {"bits": group_bits(*weight.shape, bits=bits, group=128), "e": error, "best_round": "", "seconds": seconds}
+        row = {
+            "bits": group_bits(*weight.shape, bits=bits, group=128),
+            "e": error,
+            "best_round": "",
+            "seconds": seconds,
+        }
         found[name] = (row, expected)
     return found
 

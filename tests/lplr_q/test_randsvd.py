@@ -23,8 +23,8 @@ def test_loss_is_within_a_thousandth_of_the_optimum(m, n, rank, power):
         loss = float((matrix - (u * s) @ zt).double().square().sum())
         optimum = float(values[rank:].double().square().sum())
         assert optimum * (1 - 1e-4) < loss < optimum * (1 + 1e-3)
-    torch.testing.assert_close(u.T @ u, torch.eye(rank), rtol=0, atol=1e-4)
-    torch.testing.assert_close(zt @ zt.T, torch.eye(rank), rtol=0, atol=1e-4)
+        torch.testing.assert_close(u.T @ u, torch.eye(rank), rtol=0, atol=1e-4)
+        torch.testing.assert_close(zt @ zt.T, torch.eye(rank), rtol=0, atol=1e-4)
 
 
 def test_a_warm_start_needs_fewer_iterations():
