@@ -151,7 +151,8 @@ def round_pair(width: int) -> tuple[Pair, tuple[float, float]]:
         run.round(2)
         errors["kept"] = run.history[-1]["error"]
 
-    anew(), kept()
+    anew()
+    kept()
     return (anew, kept), (errors["anew"], errors["kept"])
 
 
