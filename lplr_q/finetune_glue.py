@@ -78,7 +78,7 @@ class Experiment(Tuning):
     head_learning_rate: float = 1e-2
     """Of the classification head."""
     batch_size: int = 16
-    epochs: float = 3
+    epochs: float = 3.0
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup_steps: int | None = 10

@@ -54,7 +54,7 @@ class Experiment(Tuning):
     ctx_size: int = 512
     """Tokens per row."""
     batch_size: int = 2
-    epochs: float = 5
+    epochs: float = 5.0
     ft_rank: int = 0
     """Components of L and R that train along with the signs."""
     train_signs: bool = True

@@ -63,7 +63,7 @@ class Experiment(Tuning):
     signs_learning_rate: float = 1e-4
     """Of the signs."""
     batch_size: int = 4
-    epochs: float = 2
+    epochs: float = 2.0
     learning_rate: float = 3e-4
     weight_decay: float = 1e-3
     warmup_ratio: float = 0.02

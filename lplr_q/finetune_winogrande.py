@@ -60,7 +60,7 @@ class Experiment(Tuning):
     """What is minimised."""
     batch_size: int = 8
     """Items per forward pass and process; each has a row per option."""
-    epochs: float = 1
+    epochs: float = 1.0
     learning_rate: float = 3e-4
     warmup_ratio: float = 0.033
 

@@ -50,7 +50,7 @@ class Tuning:
     """Rows per forward pass and process."""
     gradient_accumulation_steps: int = 1
     """batch_size times this is a step, over all processes together."""
-    epochs: float = 3
+    epochs: float = 3.0
     """Passes over the training rows."""
     max_steps: int | None = None
     """Steps instead of epochs."""
