@@ -175,7 +175,6 @@ def test_the_whole_pipeline_on_a_model_trained_on_the_spot(tmp_path):
             evaluation_tokens=4096,
             length=128,
             codebook="tcq",
-            allocation="auto",
             run=run,
         )
     )
