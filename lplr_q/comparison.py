@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lplr_q.finetuning import Tuning, token_blocks
+from lplr_q.finetuning import TextTuning, token_blocks
 
 if TYPE_CHECKING:
     from lplr_q.tuning_loop import Progress
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Comparison:
     """Perplexity of the original, the compressed and the tuned model on the same held-out texts."""
 
-    def __init__(self, run: Run, e: Tuning, tokenizer: Any, length: int) -> None:
+    def __init__(self, run: Run, e: TextTuning, tokenizer: Any, length: int) -> None:
         n = max(1, e.evaluation_tokens // length)
         self.run = run
         self.texts = [
@@ -69,7 +69,7 @@ def curve_figure(run: Run, progress: Progress, label: str) -> None:
 
 
 def finish_perplexity(
-    run: Run, e: Tuning, what: str, comparison: Comparison, progress: Progress, label: str
+    run: Run, e: TextTuning, what: str, comparison: Comparison, progress: Progress, label: str
 ) -> dict[str, Any]:
     """Table, figure and results of a run judged by perplexity."""
     rows = comparison.rows()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lplr_q.comparison import Comparison, finish_perplexity
 from lplr_q.finetuning import (
-    Tuning,
+    TextTuning,
     concatenated,
     load_original,
     load_student,
@@ -42,7 +42,7 @@ CACHE_ROWS = 8
 
 
 @dataclass(frozen=True)
-class Experiment(Tuning):
+class Experiment(TextTuning):
     """Which student learns from which teacher, and for how long."""
 
     devset: tuple[str, ...] = ("microworld:doc", "stdlib")

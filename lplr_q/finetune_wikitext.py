@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lplr_q.comparison import Comparison, finish_perplexity
 from lplr_q.finetuning import (
-    Tuning,
+    TextTuning,
     concatenated,
     language_model_nats,
     load_original,
@@ -43,7 +43,7 @@ SCRIPT = "lplr_q.finetune_wikitext"
 
 
 @dataclass(frozen=True)
-class Experiment(Tuning):
+class Experiment(TextTuning):
     """Which text, and for how long."""
 
     dataset: str = "stdlib"

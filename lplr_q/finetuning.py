@@ -74,17 +74,13 @@ class Tuning:
     """Steps between checkpoints."""
     patience: int = 0
     """Stop after so many validations without a better one; 0 never."""
-    evaluation: tuple[str, ...] = ("microworld:doc", "stdlib")
-    """Held-out texts for perplexity before and after."""
-    evaluation_tokens: int = 6144
-    """Tokens of each."""
     seed: int = 0
     """Seed of all named streams."""
     run: RunField = RunOptions()
 
     def __post_init__(self) -> None:
         least = {"ft_rank": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "save_steps": 1}
-        least |= {"patience": 0, "calibration_tokens": 1, "evaluation_tokens": 1}
+        least |= {"patience": 0, "calibration_tokens": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected at least {value}")
@@ -106,6 +102,21 @@ class Tuning:
     def rows_per_step(self) -> int:
         """Rows of one optimiser step."""
         return self.batch_size * self.gradient_accumulation_steps
+
+
+@dataclass(frozen=True)
+class TextTuning(Tuning):
+    """Tuning that is judged by perplexity."""
+
+    evaluation: tuple[str, ...] = ("microworld:doc", "stdlib")
+    """Held-out texts for perplexity before and after."""
+    evaluation_tokens: int = 6144
+    """Tokens of each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.evaluation_tokens < 1 or not self.evaluation:
+            raise ConfigError("expected at least one evaluation text and one token of each")
 
 
 def together(script: str, e: Tuning, work: Callable[[Run], dict[str, Any]]) -> dict[str, Any]:

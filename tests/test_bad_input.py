@@ -71,6 +71,8 @@ def refuse(config: Path, field: str, value, tmp_path: Path) -> str:
         value = (str(value),)
     elif isinstance(old, str):
         value = str(value)
+    elif dataclasses.is_dataclass(old):  # a block of settings about the text
+        value = dataclasses.replace(old, devset=(str(value),))
     changes = {field: value}
     if field in PARTNERS:  # the other half of the pair is in order
         partner = tmp_path / f"good-{PARTNERS[field]}"

@@ -70,8 +70,8 @@ def warm_among_broken(broken) -> Iterator[Warm]:
     process.close()
 
 
-def test_each_of_twelve_packages_hidden_or_broken_is_named_with_its_remedy(broken):
-    assert len(EXTRAS) == 12
+def test_every_optional_package_hidden_or_broken_is_named_with_its_remedy(broken):
+    assert len(EXTRAS) == 13
     code = (
         "import sys\n"
         "from workbench.engines import need\n"

@@ -30,18 +30,17 @@ COMMON = {
     "bits": 2.9,
     "calibration": WORLD,
     "calibration_tokens": 64,
-    "evaluation": WORLD,
-    "evaluation_tokens": 64,
     "ft_rank": 1,
     "batch_size": 2,
     "max_steps": 3,
     "eval_steps": 2,
     "save_steps": 2,
 }
+TEXTS = {"evaluation": WORLD, "evaluation_tokens": 64}
 OWN = {
-    finetune_rht: {"devset": WORLD, "devset_size": 6, "ft_valid_size": 2, "ctx_size": 32,
+    finetune_rht: {**TEXTS, "devset": WORLD, "devset_size": 6, "ft_valid_size": 2, "ctx_size": 32,
                    "signs_learning_rate": 0.02, "learning_rate": 0.001},
-    finetune_wikitext: {"dataset": WORLD[0], "block_size": 32, "train_rows": 6,
+    finetune_wikitext: {**TEXTS, "dataset": WORLD[0], "block_size": 32, "train_rows": 6,
                         "validation_rows": 2, "learning_rate": 0.05},
     finetune_winogrande: {"train_items": 4, "validation_items": 2, "max_seq_length": 48},
     finetune_glue: {"train_rows": 6, "validation_rows": 4, "max_seq_length": 32},
