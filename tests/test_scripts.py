@@ -92,7 +92,21 @@ def test_settings_survive_the_way_out_and_in(module, tmp_path):
     assert again.stdout == printed.stdout
 
 
-@pytest.mark.parametrize("config", sorted(TINY), ids=lambda p: f"{p.parent.name}.{p.name}")
+# their own rooms run them, from data to report, in every default pass
+ALSO_RUN_BY_THEIR_ROOM = {
+    "lplr_q.finetune_glue", "lplr_q.finetune_rht", "lplr_q.finetune_wikitext",
+    "lplr_q.finetune_winogrande", "lplr_q.fro_norm_experiment", "lplr_q.matrix_compression",
+    "lplr_q.sv_profile", "lplr_q.throughput", "mad.architecture_improvement", "mad.sweep",
+}  # fmt: skip
+
+
+def tiny_runs():
+    for config in sorted(TINY):
+        late = [pytest.mark.slow] if TINY[config] in ALSO_RUN_BY_THEIR_ROOM else []
+        yield pytest.param(config, marks=late, id=f"{config.parent.name}.{config.name}")
+
+
+@pytest.mark.parametrize("config", tiny_runs())
 def test_the_tiny_run_ends_and_the_same_command_returns_at_once(config, tmp_path):
     module = TINY[config]
     done = call(module, "--config", config, "--root", tmp_path, "--threads", 1)
