@@ -99,6 +99,7 @@ class Run:
         self._device: Device | None = None
         self._environment: dict[str, Any] = {}
         self._signal = 0
+        self._outer: Run | None = None
         self._buffer: list[str] = []
         self._metrics_bytes = 0
         self._logged: Counter[tuple[str, int, tuple[str, ...]]] = Counter()
@@ -285,13 +286,16 @@ class Run:
             old = signal.signal(number, self._on_signal)
             self._exit.callback(signal.signal, number, old)
             outer = getattr(old, "__self__", None)
-            if isinstance(outer, Run) and outer._signal:
-                self._signal = outer._signal  # a run inside a run that was told to stop
+            if isinstance(outer, Run):  # a run inside a run: told to stop, both stop
+                self._outer, self._signal = outer, self._signal or outer._signal
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self._signal:
             raise Interrupted(number, "stopped at once; run the same command to continue")
         self._signal = number
+        outer = self._outer
+        while outer is not None:
+            outer._signal, outer = number, outer._outer
         os.write(2, b"\nfinishing this step, then saving (once more to stop at once)\n")
 
     def check_interrupt(self) -> None:

@@ -228,3 +228,11 @@ def test_a_run_inside_a_run_that_was_told_to_stop_does_one_step_and_saves_it(tmp
             for step in inner.steps(50, {"model": torch.nn.Linear(2, 2)}):
                 begun.append(step)
     assert begun == [1]
+
+
+def test_a_signal_that_a_finishing_inner_run_met_stops_the_outer_one(tmp_path):
+    with pytest.raises(Interrupted), Run.open("p.outer", at(tmp_path)) as outer:
+        with Run.open("p.inner", at(tmp_path)) as inner:
+            inner.finish({})
+            signal.raise_signal(signal.SIGTERM)
+        outer.check_interrupt()
