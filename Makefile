@@ -64,7 +64,9 @@ check: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(QUIET) $(BIN)/python -m pytest tests/test_architecture.py tests/test_repository.py
 
 bench: $(VENV)/.core
-	@for script in benchmarks/*/*.py; do echo "== $$script"; $(QUIET) $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/*/*.py; do \
+	  [[ $$script == */gpu.py ]] && ! command -v nvidia-smi > /dev/null && continue; \
+	  echo "== $$script"; $(QUIET) $(BIN)/python $$script || exit 1; done
 
 replicate: $(VENV)/.core
 	@for script in replication_scripts/*/*.sh; do echo "== $$script"; \
