@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from early_exit.train import SOURCES
 from early_exit.train import Experiment as Training
 from workbench.cli import RunField, RunOptions, cli
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, require_least
 from workbench.run import Run
 
 if TYPE_CHECKING:
@@ -77,12 +77,8 @@ class Experiment:
     run: RunField = RunOptions()
 
     def __post_init__(self) -> None:
-        for name in ("thresholds", "choose_tokens", "test_tokens", "decode_documents"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
-        for name in ("prompt_tokens", "new_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
+        require_least(self, 1, "thresholds", "choose_tokens", "test_tokens", "decode_documents")
+        require_least(self, 1, "prompt_tokens", "new_tokens")
         if any(not s >= 1 for s in self.speedups) or not self.speedups:
             raise ConfigError(f"speedups={list(self.speedups)}: expected one or more, each ≥ 1")
         if self.criterion == "oracle":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.cli import RunField, RunOptions, cli
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, require_least
 from workbench.run import Run
 
 if TYPE_CHECKING:
@@ -60,11 +60,9 @@ class Experiment:
     run: RunField = RunOptions()
 
     def __post_init__(self) -> None:
-        for name in ("label_topk", "train_tokens", "test_tokens", "steps", "translator_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
-        if self.max_length < 2:
-            raise ConfigError(f"max_length={self.max_length}: expected at least 2")
+        require_least(self, 1, "label_topk", "train_tokens", "test_tokens", "steps")
+        require_least(self, 1, "translator_steps")
+        require_least(self, 2, "max_length")
         if not self.learning_rate > 0:
             raise ConfigError(f"learning_rate={self.learning_rate}: expected more than 0")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.cli import RunField, RunOptions, cli
-from workbench.errors import ConfigError, DataError
+from workbench.errors import ConfigError, DataError, require_least
 from workbench.run import Run
 
 if TYPE_CHECKING:
@@ -62,10 +62,7 @@ class Experiment:
             raise ConfigError(f"a data set is named twice: {', '.join(self.datasets)}")
         if self.seqlen < 2:
             raise ConfigError(f"seqlen={self.seqlen}: a window needs at least 2 tokens")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size={self.batch_size}: expected at least 1")
-        if self.max_windows is not None and self.max_windows < 1:
-            raise ConfigError(f"max_windows={self.max_windows}: expected at least 1")
+        require_least(self, 1, "batch_size", "max_windows")
 
 
 EXPERIMENT = Experiment()  # edit me

@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 from lplr_q.comparison import curve_figure
 from lplr_q.finetuning import (
     Tuning,
+    batches,
     load_student,
-    save_tuned,
     stored_bits,
     together,
+    trained_parts,
+    tune,
     tuning_groups,
-    widest,
 )
 from workbench.cli import cli
-from workbench.errors import ConfigError, DataError, unknown_name
+from workbench.errors import ConfigError, DataError, require_least, unknown_name
 
 if TYPE_CHECKING:
     from lplr_q.classifier import Classifier, Example
@@ -91,10 +92,7 @@ class Experiment(Tuning):
             raise ConfigError("--train-file and --validation-file belong together; give both")
         if self.max_seq_length < 2 or self.head_learning_rate <= 0:
             raise ConfigError("expected max_seq_length >= 2 and head_learning_rate > 0")
-        for name in ("train_rows", "validation_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ConfigError(f"{name}={value}: expected at least 2")
+        require_least(self, 2, "train_rows", "validation_rows")
 
 
 EXPERIMENT = Experiment()  # edit me
@@ -108,21 +106,26 @@ def main(experiment: Experiment) -> dict[str, Any]:
 def _tune(run: Run, e: Experiment) -> dict[str, Any]:
     import torch
 
-    from lplr_q import distributed
     from lplr_q.classifier import Classifier, encode_texts
-    from lplr_q.trainable import make_trainable
-    from lplr_q.tuning_loop import Job, fit
+    from lplr_q.tuning_loop import Job
 
     student, tokenizer = load_student(run, SCRIPT, e)
     train, held = _records(e)
     labels = label_names(train)
     examples = encode_texts(tokenizer, train, labels, e.max_seq_length)
     judged = encode_texts(tokenizer, held, labels, e.max_seq_length)
-    before = stored_bits(student)
-    rank = widest(student, e.ft_rank, run) if e.ft_rank else 0
-    parameters = make_trainable(student, signs=e.train_signs, ft_rank=rank)
+    bits = {"compressed": stored_bits(student)}
+    right = 0
+    _, parameters = trained_parts(run, e, student, signs=e.train_signs)
     classifier = Classifier(student, len(labels), run.streams.torch("head"))
     parameters["head"] = list(classifier.head.parameters())
+
+    def judge(stage: str, model: Any, stored: float) -> None:
+        nonlocal right
+        head = {k: v.detach().cpu().contiguous() for k, v in classifier.head.state_dict().items()}
+        run.save_tensors("head.safetensors", head, {"labels": "\n".join(labels)})
+        classifier.model, bits[stage] = model, stored
+        _, right = scores(run, classifier, judged, e.batch_size)
 
     def validate() -> dict[str, float]:
         nats, right = scores(run, classifier, judged, e.batch_size)
@@ -135,15 +138,8 @@ def _tune(run: Run, e: Experiment) -> dict[str, Any]:
         loss_sum=lambda rows: classifier.loss_sum([examples[i] for i in rows])[0],
         validate=validate,
     )
-    progress = fit(run, e, job)
-    if distributed.rank() > 0:
-        return {}
-    head = {k: v.detach().cpu().contiguous() for k, v in classifier.head.state_dict().items()}
-    run.save_tensors("head.safetensors", head, {"labels": "\n".join(labels)})
-    classifier.model = save_tuned(run, e, student, tokenizer)
-    _, right = scores(run, classifier, judged, e.batch_size)
-    bits = {"compressed": before, "tuned": stored_bits(classifier.model)}
-    return _report(run, e, labels, held, int(right), bits, progress)
+    progress = tune(run, e, job, student, tokenizer, judge)
+    return {} if progress is None else _report(run, e, labels, held, right, bits, progress)
 
 
 def scores(
@@ -154,8 +150,8 @@ def scores(
 
     nats, right = 0.0, 0
     with torch.no_grad():
-        for start in run.progress(range(0, len(examples), batch_size), "validate"):
-            loss, good = classifier.loss_sum(examples[start : start + batch_size])
+        for some in batches(run, len(examples), batch_size):
+            loss, good = classifier.loss_sum(examples[some])
             nats, right = nats + float(loss), right + good
     return nats, right
 

@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any
 from lplr_q.comparison import Comparison, finish_perplexity
 from lplr_q.finetuning import (
     TextTuning,
+    batches,
     concatenated,
+    judge_before,
     load_original,
     load_student,
-    save_tuned,
-    stored_bits,
     together,
     token_blocks,
+    trained_parts,
+    tune,
     tuning_groups,
-    widest,
 )
 from workbench.cli import cli
 from workbench.errors import ConfigError
@@ -91,19 +92,14 @@ def main(experiment: Experiment) -> dict[str, Any]:
 def _tune(run: Run, e: Experiment) -> dict[str, Any]:
     import torch
 
-    from lplr_q import distributed
-    from lplr_q.trainable import make_trainable
-    from lplr_q.tuning_loop import Job, fit
+    from lplr_q.tuning_loop import Job
 
     student, tokenizer = load_student(run, SCRIPT, e)
     teacher = load_original(run, e, "teacher")
     tokens, counted, validation = _rows_of(tokenizer, e)
     comparison = Comparison(run, e, tokenizer, e.ctx_size)
-    if distributed.rank() == 0:
-        comparison.judge("original", teacher, 16.0)
-        comparison.judge("compressed", student, stored_bits(student))
-    rank = widest(student, e.ft_rank, run) if e.ft_rank else 0
-    parameters = make_trainable(student, signs=e.train_signs, ft_rank=rank)
+    judge_before(run, e, student, comparison.judge, original=teacher)
+    rank, parameters = trained_parts(run, e, student, signs=e.train_signs)
     targets = Targets(run, e, teacher, tokens)
     training = torch.nonzero(~validation).flatten().tolist()
     judged = torch.nonzero(validation).flatten().tolist()
@@ -115,8 +111,8 @@ def _tune(run: Run, e: Experiment) -> dict[str, Any]:
         return (nats * counted[rows].to(nats.device)).sum()
 
     def validate() -> dict[str, float]:
-        batches = [judged[i : i + e.batch_size] for i in range(0, len(judged), e.batch_size)]
-        total = sum(float(loss_of(rows)) for rows in run.progress(batches, "validate"))
+        some = batches(run, len(judged), e.batch_size)
+        total = sum(float(loss_of(judged[rows])) for rows in some)
         return {"cross_entropy_nats": total / float(counted[judged].sum())}
 
     job = Job(
@@ -126,11 +122,9 @@ def _tune(run: Run, e: Experiment) -> dict[str, Any]:
         loss_sum=lambda rows: loss_of([training[i] for i in rows]),
         validate=validate,
     )
-    progress = fit(run, e, job)
-    if distributed.rank() > 0:
+    progress = tune(run, e, job, student, tokenizer, comparison.judge)
+    if progress is None:
         return {}
-    tuned = save_tuned(run, e, student, tokenizer)
-    comparison.judge("tuned", tuned, stored_bits(tuned))
     label = "cross-entropy to the teacher (nats per token)"
     parts = ["signs"] if e.train_signs else []
     what = " and ".join([*parts, f"{rank} components"] if rank else parts)

@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any
 from lplr_q.comparison import Comparison, finish_perplexity
 from lplr_q.finetuning import (
     TextTuning,
+    batches,
     concatenated,
+    judge_before,
     language_model_nats,
-    load_original,
     load_student,
-    save_tuned,
-    stored_bits,
     together,
     token_blocks,
+    trained_parts,
+    tune,
     tuning_groups,
-    widest,
 )
 from workbench.cli import cli
-from workbench.errors import ConfigError, DataError
+from workbench.errors import ConfigError, DataError, require_least
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,16 +70,12 @@ class Experiment(TextTuning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size < 2:
-            raise ConfigError(f"block_size={self.block_size}: expected at least 2")
+        require_least(self, 2, "block_size")
+        require_least(self, 1, "train_rows", "validation_rows")
         if not self.ft_rank and not self.train_signs:
             raise ConfigError("nothing to train: ft_rank=0 and no signs")
         if self.validation_file is not None and self.train_file is None:
             raise ConfigError("--validation-file without --train-file; give both")
-        for name in ("train_rows", "validation_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: expected at least 1")
 
 
 EXPERIMENT = Experiment()  # edit me
@@ -91,19 +87,13 @@ def main(experiment: Experiment) -> dict[str, Any]:
 
 
 def _tune(run: Run, e: Experiment) -> dict[str, Any]:
-    from lplr_q import distributed
-    from lplr_q.trainable import make_trainable
-    from lplr_q.tuning_loop import Job, fit
+    from lplr_q.tuning_loop import Job
 
     student, tokenizer = load_student(run, SCRIPT, e)
     train, validation = _texts(tokenizer, e)
     comparison = Comparison(run, e, tokenizer, e.block_size)
-    if distributed.rank() == 0:
-        if e.original is not None:
-            comparison.judge("original", load_original(run, e, "original"), 16.0)
-        comparison.judge("compressed", student, stored_bits(student))
-    rank = widest(student, e.ft_rank, run)
-    parameters = make_trainable(student, signs=e.train_signs, ft_rank=rank)
+    judge_before(run, e, student, comparison.judge)
+    rank, parameters = trained_parts(run, e, student, signs=e.train_signs)
     (tokens, counted), (held, held_counted) = concatenated([train]), concatenated([validation])
 
     def loss_of(ids: Tensor, mask: Tensor) -> Tensor:
@@ -111,11 +101,8 @@ def _tune(run: Run, e: Experiment) -> dict[str, Any]:
         return (nats * mask.to(nats.device)).sum()
 
     def validate() -> dict[str, float]:
-        starts = range(0, len(held), e.batch_size)
-        total = sum(
-            float(loss_of(held[i : i + e.batch_size], held_counted[i : i + e.batch_size]))
-            for i in run.progress(starts, "validate")
-        )
+        some = batches(run, len(held), e.batch_size)
+        total = sum(float(loss_of(held[rows], held_counted[rows])) for rows in some)
         return {"loss_nats": total / float(held_counted.sum())}
 
     job = Job(
@@ -125,11 +112,9 @@ def _tune(run: Run, e: Experiment) -> dict[str, Any]:
         loss_sum=lambda rows: loss_of(tokens[rows], counted[rows]),
         validate=validate,
     )
-    progress = fit(run, e, job)
-    if distributed.rank() > 0:
+    progress = tune(run, e, job, student, tokenizer, comparison.judge)
+    if progress is None:
         return {}
-    tuned = save_tuned(run, e, student, tokenizer)
-    comparison.judge("tuned", tuned, stored_bits(tuned))
     what = f"{rank} components" + (" and signs" if e.train_signs else "")
     return finish_perplexity(run, e, what, comparison, progress, "loss (nats per token)")
 

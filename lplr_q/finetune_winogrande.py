@@ -19,16 +19,16 @@ from lplr_q.comparison import curve_figure
 from lplr_q.eval_tasks import BUILT_IN, TASKS, load_items, read_items
 from lplr_q.finetuning import (
     Tuning,
-    load_original,
+    batches,
+    judge_before,
     load_student,
-    save_tuned,
-    stored_bits,
     together,
+    trained_parts,
+    tune,
     tuning_groups,
-    widest,
 )
 from workbench.cli import cli
-from workbench.errors import ConfigError, DataError, unknown_name
+from workbench.errors import ConfigError, DataError, require_least, unknown_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,10 +72,7 @@ class Experiment(Tuning):
             raise ConfigError("--validation-file without --train-file; give both")
         if self.max_seq_length < 4 or not self.ft_rank:
             raise ConfigError("expected max_seq_length of at least 4 and ft_rank of at least 1")
-        for name in ("train_items", "validation_items"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: expected at least 1")
+        require_least(self, 1, "train_items", "validation_items")
 
 
 EXPERIMENT = Experiment()  # edit me
@@ -89,10 +86,8 @@ def main(experiment: Experiment) -> dict[str, Any]:
 def _tune(run: Run, e: Experiment) -> dict[str, Any]:
     import torch
 
-    from lplr_q import distributed
     from lplr_q.choices import accuracy_columns, encode_items, score_items
-    from lplr_q.trainable import make_trainable
-    from lplr_q.tuning_loop import Job, fit
+    from lplr_q.tuning_loop import Job
 
     student, tokenizer = load_student(run, SCRIPT, e)
     train, held = _items(e)
@@ -109,20 +104,13 @@ def _tune(run: Run, e: Experiment) -> dict[str, Any]:
         )
         rows.append({"stage": stage, "bits": bits, **accuracy_columns(held, judged, scores)})
 
-    if distributed.rank() == 0:
-        if e.original is not None:
-            judge("original", load_original(run, e, "original"), 16.0)
-        judge("compressed", student, stored_bits(student))
-    rank = widest(student, e.ft_rank, run)
-    parameters = make_trainable(student, signs=False, ft_rank=rank)
+    judge_before(run, e, student, judge)
+    _, parameters = trained_parts(run, e, student, signs=False)
 
     def validate() -> dict[str, float]:
-        starts = range(0, len(held), e.batch_size)
-        losses = [
-            float(choice_loss(student, held[i : i + e.batch_size], judged[i : i + e.batch_size], e))
-            for i in run.progress(starts, "validate")
-        ]
-        return {"loss_nats": sum(losses) / len(held)}
+        some = batches(run, len(held), e.batch_size)
+        total = sum(float(choice_loss(student, held[s], judged[s], e)) for s in some)
+        return {"loss_nats": total / len(held)}
 
     job = Job(
         module=student,
@@ -133,12 +121,8 @@ def _tune(run: Run, e: Experiment) -> dict[str, Any]:
         ),
         validate=validate,
     )
-    progress = fit(run, e, job)
-    if distributed.rank() > 0:
-        return {}
-    tuned = save_tuned(run, e, student, tokenizer)
-    judge("tuned", tuned, stored_bits(tuned))
-    return _report(run, e, rows, progress)
+    progress = tune(run, e, job, student, tokenizer, judge)
+    return {} if progress is None else _report(run, e, rows, progress)
 
 
 def choice_loss(model: Any, items: list[dict[str, Any]], pairs: list[list[Pair]], e: Any) -> Tensor:

@@ -7,20 +7,23 @@ All of them run alone, under ``torchrun --nproc-per-node N -m lplr_q.finetune_..
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.cli import RunField, RunOptions
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, require_least
 from workbench.run import Run
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lplr_q.evaluate import TextBlocks
+    from lplr_q.tuning_loop import Job, Progress
 
+Judge = Callable[[str, Any, float], None]
+"""What is done with (stage, model, bits per weight): original, compressed, tuned."""
 BUILT_IN = ("microworld", "stdlib")
 
 
@@ -79,15 +82,9 @@ class Tuning:
     run: RunField = RunOptions()
 
     def __post_init__(self) -> None:
-        least = {"ft_rank": 0, "batch_size": 1, "gradient_accumulation_steps": 1, "save_steps": 1}
-        least |= {"patience": 0, "calibration_tokens": 1}
-        for name, value in least.items():
-            if getattr(self, name) < value:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected at least {value}")
-        for name in ("max_steps", "eval_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}: expected at least 1")
+        require_least(self, 0, "ft_rank", "patience")
+        require_least(self, 1, "batch_size", "gradient_accumulation_steps", "save_steps")
+        require_least(self, 1, "calibration_tokens", "max_steps", "eval_steps")
         if self.epochs <= 0 or self.learning_rate <= 0:
             raise ConfigError("epochs and learning_rate must be positive")
         if not 0 <= self.warmup_ratio <= 1 or self.weight_decay < 0:
@@ -219,6 +216,51 @@ def _compress(run: Run, e: Tuning) -> tuple[Any, Any]:
 
         install(model, name, run.once(f"compress/{name}", compute))
     return model, tokenizer
+
+
+# ---------------------------------------------------------------- before, during and after training
+
+
+def judge_before(run: Run, e: Tuning, student: Any, judge: Judge, original: Any = None) -> None:
+    """On rank 0: the original, where it is known, and the compressed model."""
+    from lplr_q import distributed
+
+    if distributed.rank() > 0:
+        return
+    if e.original is not None:
+        judge("original", original or load_original(run, e, "original"), 16.0)
+    judge("compressed", student, stored_bits(student))
+
+
+def trained_parts(
+    run: Run, e: Tuning, student: nn.Module, *, signs: bool
+) -> tuple[int, dict[str, list[Any]]]:
+    """Let ``ft_rank`` components (and the signs) of the student train; (rank, parameters)."""
+    from lplr_q.trainable import make_trainable
+
+    rank = widest(student, e.ft_rank, run) if e.ft_rank else 0
+    return rank, make_trainable(student, signs=signs, ft_rank=rank)
+
+
+def batches(run: Run, n: int, size: int) -> Iterator[slice]:
+    """Places 0 to n in slices of ``size``, for validation."""
+    for start in run.progress(range(0, n, size), "validate"):
+        yield slice(start, start + size)
+
+
+def tune(
+    run: Run, e: Tuning, job: Job, student: nn.Module, tokenizer: Any, judge: Judge
+) -> Progress | None:
+    """Train, store the whole tuned model and judge it; None in processes that only help rank 0."""
+    from lplr_q import distributed
+    from lplr_q.tuning_loop import fit
+
+    progress = fit(run, e, job)
+    if distributed.rank() > 0:
+        return None
+    tuned = save_tuned(run, e, student, tokenizer)
+    judge("tuned", tuned, stored_bits(tuned))
+    return progress
 
 
 # ---------------------------------------------------------------- texts

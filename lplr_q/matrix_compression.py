@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.cli import RunField, RunOptions, cli
-from workbench.errors import ConfigError, DataError, unknown_name
+from workbench.errors import ConfigError, DataError, require_least, unknown_name
 from workbench.run import Run
 
 if TYPE_CHECKING:
@@ -99,9 +99,7 @@ class Experiment:
         ):
             if not values or not all(low <= v <= high for v in values):
                 raise ConfigError(f"{name}={values}; expected numbers from {low} to {high}")
-        for name in ("size", "stored", "queries", "k", "width", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}; expected at least 1")
+        require_least(self, 1, "size", "stored", "queries", "k", "width", "repeats")
         if self.search and len(self.bits) > 1:
             raise ConfigError(f"bits={self.bits} with --search; give one width, it is not used")
         if self.power_iterations < 0:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.cli import RunField, RunOptions, cli
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, require_least
 from workbench.run import Run
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ class Experiment:
                 f"variants={','.join(self.variants)}: choose different ones of "
                 f"{', '.join(VARIANTS)}"
             )
-        for name in ("tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
+        require_least(self, 1, "tokens", "repeats")
         if self.warmup < 0 or self.rank < 0:
             raise ConfigError("warmup and rank cannot be negative")
 

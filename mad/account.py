@@ -19,7 +19,7 @@ from typing import Any
 
 from mad.registry import LayerChoice, parse_layer, stack_name
 from workbench.cli import RunField, RunOptions, cli
-from workbench.errors import ConfigError, GateFailed
+from workbench.errors import ConfigError, GateFailed, require_least
 from workbench.run import Run
 
 
@@ -45,10 +45,7 @@ class Experiment:
     """Where and how."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "seq_len", "check_iso", "fit_state", "fit_params"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}; expected at least 1")
+        require_least(self, 1, "dim", "seq_len", "check_iso", "fit_state", "fit_params")
         if not 0 <= self.tol < 1:
             raise ConfigError(f"tol={self.tol} lies outside [0, 1); it is a share, e.g. 0.1")
         if not self.layers:

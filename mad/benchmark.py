@@ -53,7 +53,7 @@ from mad.train import DTYPE_OF, Precision
 from mad.train import Experiment as Training
 from mad.train import main as train_one
 from workbench.cli import RunField, RunOptions, cli
-from workbench.errors import ConfigError, DataError, InUse
+from workbench.errors import ConfigError, DataError, InUse, require_least
 from workbench.run import Run, settings_of
 from workbench.sweep import FAILED, run_all
 
@@ -128,10 +128,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         sizes = ("max_settings", "dim", "batch_size", "epochs", "num_test_examples")
-        for name in (*sizes, *COUNTS):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}; expected at least 1")
+        require_least(self, 1, *sizes, *COUNTS)
         self.take_published_names()
         for name in ("lrs", "weight_decays", "seeds"):
             value = getattr(self, name)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from mad.registry import build_task, load_object, parse_layer, task_spec
 from mad.train import DTYPE_OF, TASK_FLAGS, Experiment, Precision
-from workbench.errors import ConfigError, unknown_name
+from workbench.errors import ConfigError, require_least, unknown_name
 from workbench.record import RunOptions
 
 if TYPE_CHECKING:
@@ -234,9 +234,7 @@ class MADModelConfig(Updatable):
         self.layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
         for layer in self.layers:
             parse_layer(layer)
-        for name in ("dim", "max_length", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}; expected at least 1")
+        require_least(self, 1, "dim", "max_length", "vocab_size")
 
     def build_model_from_registry(self) -> Stack:
         """The model, each layer with its registered defaults, initialised from `seed` alone."""

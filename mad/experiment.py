@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from mad.registry import assignments, build_task, parse_layer, stack_name
 from workbench.cli import RunField, RunOptions
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, require_least
 
 DTYPE_OF = {
     "auto": "auto",
@@ -116,13 +116,8 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.take_published_names()
-        for name in ("num_test_examples", "dim", "batch_size", "epochs", "stop_patience"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}; expected at least 1")
-        for name in ("num_train_examples", "evaluate_every", "save_every", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value}; expected at least 1")
+        require_least(self, 1, "num_test_examples", "dim", "batch_size", "epochs", "stop_patience")
+        require_least(self, 1, "num_train_examples", "evaluate_every", "save_every", "max_length")
         if not 0 <= self.min_lr <= self.lr or self.lr <= 0:
             raise ConfigError(
                 f"min_lr={self.min_lr} and lr={self.lr}: expected 0 ≤ min_lr ≤ lr > 0"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mad.registry import LAYERS, parse_layer
 from workbench.cli import RunField, RunOptions, cli
-from workbench.errors import ConfigError
+from workbench.errors import require_least
 from workbench.run import Run
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ class Experiment:
     """Where and how."""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "seq_len", "batch_size", "repeats"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}; expected at least 1")
+        require_least(self, 1, "dim", "seq_len", "batch_size", "repeats")
         for layer in self.layers:
             parse_layer(layer)
 

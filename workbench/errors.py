@@ -66,6 +66,18 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> ConfigError:
     return ConfigError(f"unknown {kind} {given!r}{nearest}; known: {listing}")
 
 
+def require_least(settings: object, least: float, *names: str) -> None:
+    """Nothing when each of these fields is None or at least ``least``.
+
+    Raises:
+        ConfigError: the first that is less.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value >= least:
+            raise ConfigError(f"{name}={value}: expected at least {least}")
+
+
 def shorten(text: str, limit: int = 1000) -> str:
     """`text` cut in the middle to at most `limit` characters (messages stay on one screen)."""
     if len(text) <= limit:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from workbench.errors import ConfigError, unknown_name
+from workbench.errors import ConfigError, require_least, unknown_name
 
 if TYPE_CHECKING:
     from lplr_q.activation_aware.decompose import Decomposition
@@ -50,11 +50,6 @@ def _choice(kind: str, given: str, known: tuple[str, ...]) -> None:
         raise unknown_name(kind, given, known)
 
 
-def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ConfigError(f"{name}={value}; expected at least {least}")
-
-
 @dataclass(frozen=True)
 class DataParameters:
     """Which text makes the Hessians."""
@@ -75,9 +70,8 @@ class DataParameters:
     """Which stretch of a generated source."""
 
     def __post_init__(self) -> None:
-        for name in ("devset_size", "batch_size"):
-            _at_least(name, getattr(self, name), 1)
-        _at_least("context_length", self.context_length, 8)
+        require_least(self, 1, "devset_size", "batch_size")
+        require_least(self, 8, "context_length")
         if not self.devset:
             raise ConfigError(f"devset is empty; give {', '.join(DEVSETS)}, file, or a text source")
         if ("file" in self._names()) != (self.data_file is not None):
@@ -158,7 +152,7 @@ class QuipArgs:
             raise ConfigError(f"sigma_reg={self.sigma_reg}; expected a small positive number")
         if self.sigma_reg2 != 1e-2:
             raise ConfigError(f"sigma_reg2={self.sigma_reg2}: only 0.01 is offered; leave it out")
-        _at_least("quip_tune_iters", self.quip_tune_iters, 0)
+        require_least(self, 0, "quip_tune_iters")
         _choice("incoh_mode", self.incoh_mode, ("had", "kron", "fft"))
         if self.incoh_mode != "had":
             raise ConfigError(
@@ -257,10 +251,8 @@ class LPLRParams:
             )
 
     def _check_numbers(self) -> None:
-        for name in ("rank", "ft_rank", "lplr_iters"):
-            _at_least(name, getattr(self, name), 0)
-        _at_least("iters", self.iters, 1)
-        _at_least("lattice_quant_block_size", self.lattice_quant_block_size, 1)
+        require_least(self, 0, "rank", "ft_rank", "lplr_iters")
+        require_least(self, 1, "iters", "lattice_quant_block_size")
         if self.L_bits != self.R_bits:
             raise ConfigError(
                 f"L_bits={self.L_bits} and R_bits={self.R_bits}: both factors are stored with the "
