@@ -2,11 +2,17 @@
 
     python -m lplr_q.eval_zeroshot --model-save-path FOLDER --tasks winogrande piqa --data-dir DIR
     python -m lplr_q.eval_zeroshot --model-save-path FOLDER --scorer lm-eval --tasks arc_easy
+    python -m lplr_q.eval_zeroshot --model-save-path FOLDER --tasks mine --include-path DIR
 
 The built-in scorer compares ln p(choice | question), raw and divided by the choice's bytes; it
 reads DIR/<task>.jsonl[.gz] or the hub. With lm-eval installed its own tasks are run, unless
---data-dir or the built-in task is asked for; compressed folders load, as importing lplr_q registers
-them.
+--data-dir or the built-in task is asked for; --include-path names a folder with task definitions
+(YAML) of one's own. Compressed folders load, as importing lplr_q registers them.
+
+lm-eval's own command needs that import too; it has no option for it, so start it from Python:
+
+    python -c "import lplr_q; from lm_eval.__main__ import cli_evaluate as main; main()" \\
+      --model hf --model_args pretrained=FOLDER --tasks arc_easy
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from typing import Any, Literal
 from lplr_q.eval_tasks import BUILT_IN, TASKS, load_items
 from workbench.cli import RunField, RunOptions, cli
 from workbench.engines import available
-from workbench.errors import ConfigError, DataError, MissingExtra, unknown_name
+from workbench.errors import ConfigError, DataError, MissingExtra, require_least, unknown_name
 from workbench.run import Run
 
 
@@ -35,6 +41,8 @@ class Experiment:
     with lm-eval any of its tasks."""
     data_dir: Path | None = None
     """Folder with <task>.jsonl or <task>.jsonl.gz; without it the hub is asked."""
+    include_path: Path | None = None
+    """Folder with task definitions (YAML) for lm-eval, beside its own."""
     scorer: Literal["auto", "built-in", "lm-eval"] = "auto"
     """auto: lm-eval when it is installed and no local items are asked for."""
     num_fewshot: int = 0
@@ -58,11 +66,7 @@ class Experiment:
             raise ConfigError(f"a task is named twice: {', '.join(self.tasks)}")
         if self.num_fewshot < 0:
             raise ConfigError(f"num_fewshot={self.num_fewshot}: it cannot be negative")
-        for name in ("batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"limit={self.limit}: expected at least 1")
+        require_least(self, 1, "batch_size", "max_length", "limit")
 
 
 EXPERIMENT = Experiment()  # edit me
@@ -86,7 +90,11 @@ def choose_scorer(e: Experiment) -> str:
         MissingExtra: a task that only lm-eval knows, and it is not installed.
     """
     local = e.data_dir is not None or BUILT_IN in e.tasks
-    if e.scorer == "lm-eval":
+    if e.include_path is not None and (local or e.scorer == "built-in"):
+        raise ConfigError("--include-path holds tasks of lm-eval: no --data-dir, no microworld")
+    if e.include_path is not None and not e.include_path.is_dir():
+        raise ConfigError(f"--include-path {e.include_path}: no such folder")
+    if e.scorer == "lm-eval" or e.include_path is not None:
         if local:
             raise ConfigError("--scorer lm-eval has its own data: no --data-dir, no microworld")
         return "lm-eval"
@@ -178,9 +186,11 @@ def _built_in(run: Run, e: Experiment, sets: dict[str, Any]) -> list[dict[str, A
 
 def _by_harness(run: Run, e: Experiment) -> list[dict[str, Any]]:
     """Rows from lm-evaluation-harness."""
+    from lplr_q.activation_aware.quantized_layer import set_mode
     from workbench.integrations.lm_eval import evaluate_tasks
 
     model, tokenizer = run.load_model(e.model_save_path)
+    set_mode(model, "cached")
 
     def compute() -> dict[str, Any]:
         found = evaluate_tasks(
@@ -190,6 +200,7 @@ def _by_harness(run: Run, e: Experiment) -> list[dict[str, Any]]:
             limit=e.limit,
             batch_size=e.batch_size,
             num_fewshot=e.num_fewshot,
+            task_folder=e.include_path,
         )
         return {"results": {t: _numbers(v) for t, v in found["results"].items()}}
 

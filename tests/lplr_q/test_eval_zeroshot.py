@@ -167,6 +167,13 @@ def test_which_scorer(tmp_path, monkeypatch):
         choose_scorer(settings(tmp_path, scorer="lm-eval"))
     with pytest.raises(ConfigError, match="need --scorer lm-eval"):
         choose_scorer(settings(tmp_path, tasks=("hellaswag",), scorer="built-in"))
+    own = settings(tmp_path, tasks=("mine",), include_path=tmp_path)
+    assert choose_scorer(own) == "lm-eval"
+    for change in ({"scorer": "built-in"}, {"data_dir": tmp_path}, {"tasks": ("microworld",)}):
+        with pytest.raises(ConfigError, match="tasks of lm-eval"):
+            choose_scorer(replace(own, **change))
+    with pytest.raises(ConfigError, match="no such folder"):
+        choose_scorer(replace(own, include_path=tmp_path / "nowhere"))
     found = False
     for task in TASKS:
         assert choose_scorer(settings(tmp_path, tasks=(task,))) == "built-in"

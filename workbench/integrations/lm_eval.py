@@ -52,10 +52,10 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(
-        include_path=str(task_folder) if task_folder else None,
-        include_defaults=task_folder is None,
-    )
+    include = str(task_folder) if task_folder else None
+    manager = TaskManager(include_path=include, include_defaults=include is None)
+    if include is not None and not set(tasks) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=include)  # the harness's own too: thousands of files
     try:
         result = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
