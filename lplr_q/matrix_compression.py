@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lplr_q.report import in_bits
 from workbench.cli import RunField, RunOptions, cli
 from workbench.errors import ConfigError, DataError, require_least, unknown_name
 from workbench.run import Run
@@ -197,9 +198,9 @@ def run_images(run: Run, experiment: Experiment) -> tuple[dict[str, Any], str]:
     height, width = image.shape
     run.table("images", rows, caption=f"{what}, {height}x{width} pixels, equal bits per row.")
     words = "; ".join(
-        f"{r['method']} at {r['naive_bits']} bits {r['psnr_db']:.1f} dB" for r in rows
+        f"{r['method']} at {in_bits(r['naive_bits'])} {r['psnr_db']:.1f} dB" for r in rows
     )
-    factors = f"factors of {settings['bits']} and {settings['bits_right']} bits"
+    factors = f"factors of {in_bits(settings['bits'], settings['bits_right'])}"
     if experiment.search:
         factors = "bits of the factors chosen by measurement"
     run.figure(
@@ -222,7 +223,7 @@ def run_images(run: Run, experiment: Experiment) -> tuple[dict[str, Any], str]:
     first = experiment.naive_bits[0]
     at = [row for row in rows if row["naive_bits"] == first]
     listed = ", ".join(f"{row['method']} {row['psnr_db']:.1f}" for row in at)
-    return values, f"PSNR in dB of the {what} at {first} bits per pixel: {listed}."
+    return values, f"PSNR in dB of the {what} at {in_bits(first)} per pixel: {listed}."
 
 
 def run_neighbours(run: Run, experiment: Experiment) -> tuple[dict[str, Any], str]:
@@ -258,7 +259,7 @@ def run_neighbours(run: Run, experiment: Experiment) -> tuple[dict[str, Any], st
         f"k = {experiment.k}; intervals of the accuracy: Wilson, 95 %.",
     )
     words = "; ".join(
-        f"{r['source']}, {r['method']} at {r['naive_bits']} bits: recall {r['recall']:.2f}, "
+        f"{r['source']}, {r['method']} at {in_bits(r['naive_bits'])}: recall {r['recall']:.2f}, "
         f"accuracy {r['accuracy']:.2f}"
         for r in rows
     )
@@ -280,7 +281,8 @@ def run_neighbours(run: Run, experiment: Experiment) -> tuple[dict[str, Any], st
     first = experiment.naive_bits[0]
     at = [r for r in rows if r["source"] == sources[-1] and r["naive_bits"] == first]
     listed = ", ".join(f"{r['method']} {r['recall']:.2f}" for r in at)
-    return values, f"Recall@{experiment.k} of {sources[-1]} states at {first} bits: {listed}."
+    said = f"Recall@{experiment.k} of {sources[-1]} states at {in_bits(first)}: {listed}."
+    return values, said
 
 
 def embeddings(run: Run, experiment: Experiment, source: str) -> Any:
@@ -331,7 +333,7 @@ def run_layers(run: Run, experiment: Experiment) -> tuple[dict[str, Any], str]:
         caption="Means over the matrices; better: matrices whose column sketch is below naive.",
     )
     words = "; ".join(
-        f"{r['method']} with {r['bits']}-bit factors at {r['naive_bits']} bits "
+        f"{r['method']} with {r['bits']}-bit factors at {in_bits(r['naive_bits'])} "
         f"{r['column_sketch_error']:.3f}, naive {r['naive_error']:.3f}"
         for r in summary
     )
@@ -361,7 +363,7 @@ def best_layers(summary: Sequence[Mapping[str, Any]], naive_bits: int, count: in
         for r in at
     )
     return (
-        f"Relative error of {count} weight matrices at {naive_bits} bits per weight: "
+        f"Relative error of {count} weight matrices at {in_bits(naive_bits)} per weight: "
         f"naive {at[0]['naive_error']:.3f}, {listed}."
     )
 

@@ -19,6 +19,13 @@ def short_source(source: str) -> str:
     return {"microworld:doc": "documents", "stdlib": "library text"}.get(source, source)
 
 
+def in_bits(first: float, second: float | None = None) -> str:
+    """One width in words, "1 bit", or two that may differ, "4 and 8 bits"."""
+    if second is not None and second != first:
+        return f"{first:g} and {second:g} bits"
+    return f"{first:g} bit{'' if first == 1 else 's'}"
+
+
 def perplexity_figure(rows: Sequence[dict[str, Any]]) -> Any:
     """Perplexity against true bits per weight, one panel per text, log y, 16 bit as a dotted
     line."""

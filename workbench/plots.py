@@ -195,6 +195,7 @@ def line_plot(
             va="bottom",
             fontsize=TEXT_POINTS - 1,
             color=INK,
+            bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.75, "pad": 0.6},
         )
     for axis, letter in ((axes.xaxis, "x"), (axes.yaxis, "y")):
         if letter in log:

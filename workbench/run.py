@@ -64,6 +64,7 @@ __all__ = ["Run", "RunOptions", "finite_or_null", "settings_key", "settings_of",
 
 Item = TypeVar("Item")
 LOG_BUFFER = 64
+REPORT_ROWS = 120  # of a table in report.md; the CSV has all
 SPARE_BYTES = 32 * 2**20  # demanded free before work begins
 
 
@@ -637,7 +638,9 @@ class Run:
         parts.append(f"```bash\n{self._record['command']}\n```\n")
         for table in self._tables:
             rows = read_csv(self.directory / "tables" / f"{table['name']}.csv")
-            parts.append(f"{table['caption']}\n\n{to_markdown(rows)}\n")
+            parts.append(f"{table['caption']}\n\n{to_markdown(rows[:REPORT_ROWS])}\n")
+            if len(rows) > REPORT_ROWS:
+                parts.append(f"{len(rows) - REPORT_ROWS} more rows: tables/{table['name']}.csv\n")
         for drawn in self._figures:
             parts.append(f"![{drawn['alt']}](figures/{drawn['name']}.png)\n\n{drawn['caption']}\n")
         storage.write_text(self.directory / "report.md", "\n".join(parts))

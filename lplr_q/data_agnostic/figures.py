@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lplr_q.data_agnostic.budget import TITLES
+from lplr_q.report import in_bits
 
 Row = Mapping[str, Any]
 
@@ -63,9 +64,7 @@ def picture_figure(
                 spine.set_visible(False)
             heading = f"{name}\n{quality[name, budget]:.1f} dB" if panel is not line[0] else name
             panel.set_title(heading, fontsize=TEXT_POINTS - 1, color=INK)
-        line[0].set_ylabel(
-            f"{budget} bit{'s' if budget > 1 else ''} / pixel", fontsize=TEXT_POINTS, color=INK
-        )
+        line[0].set_ylabel(f"{in_bits(budget)} / pixel", fontsize=TEXT_POINTS, color=INK)
     return figure
 
 
@@ -148,7 +147,7 @@ def layer_figure(summary: Sequence[Row]) -> Any:
             series="method",
             xlabel="bits per weight",
             ylabel="relative error, mean over matrices (log)",
-            title=f"factors of {bits} and {bits_right} bits" if bits else "factor bits measured",
+            title=f"factors of {in_bits(bits, bits_right)}" if bits else "factor bits measured",
             log="y",
         )
         panel.set_xticks(sorted(plain))

@@ -19,7 +19,8 @@ tiny)
         --config configs/lplr_q/fro_norm_experiment.tiny.yaml --root "$ROOT"
     ;;
 small)
-    # the reader should see LPLR-LDLQ below QuIP#, that below GPTQ, and RTN on top, in every sublayer
+    # the reader should see medians of LPLR-LDLQ below QuIP# below GPTQ below RTN in every sublayer;
+    # where the spectrum is steep (k_proj of layer 0) L R alone does better still
     "$PYTHON" -m lplr_q.fro_norm_experiment --threads 1 --root "$ROOT"
     ;;
 paper)

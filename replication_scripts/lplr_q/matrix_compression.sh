@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Matrices without activations: pictures, embeddings, weights, runtime (LPLR, arXiv 2310.11028, §5).
 #
-# Expected:  at one and two bits per entry LPLR-SVD <= LPLR << direct SVD where the singular values
-#            fall fast and factors have few bits, and LPLR many times faster than both.
+# Expected:  LPLR-SVD below direct SVD in error everywhere, LPLR below direct SVD from two bits per
+#            entry on where the singular values fall fast, and many times faster than both; on the
+#            flat spectra of weights LPLR is the worst. LPLR-Q has the smallest error but for weights
+#            at one bit and the phantom at four.
 # Hardware:  SCALE=tiny seconds, small a minute on one core; paper: a GPU for a Llama-size model.
 # Resume:    run it again.
 #

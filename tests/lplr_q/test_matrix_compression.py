@@ -245,6 +245,9 @@ def test_a_picture_of_ones_own_makes_a_run_of_its_own(tmp_path):
     second = main(experiment)
     assert set(first) == set(second) == {"psnr_db_naive_1bit", "psnr_db_lplr_1bit"}
     assert first != second
+    reports = [p.read_text(encoding="utf-8") for p in (tmp_path / "runs").rglob("report.md")]
+    assert len(reports) == 2
+    assert all("own.png at 1 bit per pixel" in r and "1 bits" not in r for r in reports)
     with pytest.raises(DataError, match="no such picture"):
         main(small(tmp_path, task="images", image=tmp_path / "none.png"))
 

@@ -12,7 +12,15 @@ import torch
 import yaml
 
 from workbench.errors import CheckpointError, ConfigError, DivergedError, Interrupted
-from workbench.run import Run, RunOptions, finite_or_null, settings_key, settings_of
+from workbench.run import (
+    REPORT_ROWS,
+    Run,
+    RunOptions,
+    finite_or_null,
+    settings_key,
+    settings_of,
+)
+from workbench.tables import read_csv
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,20 @@ def test_a_finished_run_holds_its_record_and_returns_at_once(tmp_path):
     with Run.open("p.s", at(tmp_path)) as again:
         assert again.finished
         assert again.results == values
+
+
+def test_a_long_table_is_cut_in_the_report_and_whole_in_the_file(tmp_path):
+    with Run.open("p.s", at(tmp_path)) as run:
+        run.table("short", [{"i": i} for i in range(REPORT_ROWS)])
+        run.table("long", [{"i": 1000 + i} for i in range(REPORT_ROWS + 3)])
+        run.finish({})
+    report = (run.directory / "report.md").read_text(encoding="utf-8")
+    assert f"| {REPORT_ROWS - 1} |" in report
+    assert f"| {1000 + REPORT_ROWS - 1} |" in report
+    assert f"| {1000 + REPORT_ROWS} |" not in report
+    assert report.count("more rows") == 1
+    assert "3 more rows: tables/long.csv" in report
+    assert len(read_csv(run.directory / "tables" / "long.csv")) == REPORT_ROWS + 3
 
 
 def test_fresh_puts_the_old_run_aside(tmp_path):
