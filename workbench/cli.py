@@ -1,9 +1,10 @@
 """Dataclass → flags, YAML → defaults, in-code EXPERIMENT → defaults; one error box, exit statuses.
 
 Precedence, lowest first: dataclass defaults, the script's EXPERIMENT, `--config` files in order,
-flags. Every script accepts besides its own flags:
+`--set`, flags. Every script accepts besides its own flags:
 
     --config FILE.yaml   settings as YAML (several allowed, the later wins)
+    --set key=value      one setting by its name in the dataclass, e.g. `--set params.rank=8`
     --print-config       print the resolved settings as YAML and end
     --sweep              run the script's list of experiments (where it has one)
 
@@ -147,6 +148,58 @@ def apply_settings(default: Any, values: dict[str, Any], where: str) -> Any:
     return dataclasses.replace(default, **changes)
 
 
+def apply_assignments(default: Any, assignments: Sequence[str]) -> Any:
+    """`default` with the fields that `key=value` words name replaced; `block.key=value` goes into a
+    block, and entries of a tuple are parted by commas or blanks.
+
+    Raises:
+        ConfigError: no `=`, unknown key (with the nearest ones) or a value of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    for word in assignments:
+        key, equals, text = word.partition("=")
+        *blocks, name = key.strip().replace("-", "_").split(".")
+        if not equals or not name or not all(blocks):
+            raise ConfigError(shorten(f"--set {word}: expected key=value"))
+        inside, owner = values, default
+        for block in blocks:
+            inside, owner = inside.setdefault(block, {}), getattr(owner, block, None)
+            if not isinstance(inside, dict):
+                raise ConfigError(shorten(f"--set {word}: {block} is given twice"))
+        inside[name] = _from_text(owner, name, text.strip())
+    return apply_settings(default, values, "--set") if values else default
+
+
+def _from_text(owner: Any, name: str, text: str) -> Any:
+    """What a settings file would hold for the field `name`: the first reading that fits its
+    type."""
+    if not dataclasses.is_dataclass(owner):
+        return text
+    hints = typing.get_type_hints(type(owner))
+    if name not in hints and "run" in hints:
+        owner, hints = RunOptions, typing.get_type_hints(RunOptions)
+    if name not in hints:
+        return text
+    parts = [part.strip() for part in text.split("," if "," in text else None)]
+    readings = [_scalar(text), text, [_scalar(part) for part in parts], parts]
+    for reading in readings:
+        with contextlib.suppress(ConfigError):
+            _convert(hints[name], reading, getattr(owner, name, None), "--set")
+            return reading
+    return readings[0]
+
+
+def _scalar(text: str) -> Any:
+    """A number, a truth value, None or the text itself."""
+    if text in ("None", "none"):
+        return None
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ConfigError, RecursionError):
+        return text
+    return value if isinstance(value, (bool, int, float, type(None))) else text
+
+
 def _convert(hint: Any, value: Any, current: Any, where: str) -> Any:
     """One YAML value as the annotated type (`1e-3` is text to YAML and a float to us)."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -246,17 +299,19 @@ def _prepare_process() -> None:
 def parse(
     experiment: Any, arguments: Sequence[str], program: str | None = None, text: str = ""
 ) -> tuple[Any, argparse.Namespace]:
-    """The experiment after `--config` files and flags, and the options of the front door."""
+    """The experiment after `--config`, `--set` and flags, and the options of the front door."""
     front = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     front.add_argument("--config", action="append", default=[])
+    front.add_argument("--set", action="append", default=[])
     front.add_argument("--print-config", action="store_true")
     front.add_argument("--sweep", action="store_true")
     try:
         options, rest = front.parse_known_args(list(arguments))
     except SystemExit:
-        raise ConfigError("--config needs a file name") from None
+        raise ConfigError("--config needs a file name, --set a key=value") from None
     for file in options.config:
         experiment = apply_settings(experiment, read_yaml(file), f"--config {file}")
+    experiment = apply_assignments(experiment, options.set)
     parsed = tyro.cli(
         type(experiment), args=rest, default=experiment, prog=program, description=text or None
     )
@@ -273,8 +328,9 @@ def _run(
     spec = getattr(module, "__spec__", None)
     program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
     text = (getattr(module, "__doc__", "") or "").strip()
-    text += "\n\nAlso: --config FILE.yaml (several allowed, the later wins), --print-config" + (
-        ", --sweep." if sweep else "."
+    text += (
+        "\n\nAlso: --config FILE.yaml (several allowed, the later wins), --set key=value (several "
+        "allowed), --print-config" + (", --sweep." if sweep else ".")
     )
     words = list(sys.argv[1:] if arguments is None else arguments)
     parsed, options = parse(experiment, words, program, text)

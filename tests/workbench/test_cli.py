@@ -85,6 +85,70 @@ def test_later_sources_win(tmp_path):
     assert front.parse(default, ["--optim.lr", "0.5", "--no-wandb"])[0].optim.lr == 0.5
 
 
+@pytest.mark.parametrize(
+    ("word", "field", "expected"),
+    [
+        ("steps=7", "steps", 7),
+        ("kind=b", "kind", "b"),
+        ("layers=p,q", "layers", ("p", "q")),
+        ("layers=p q", "layers", ("p", "q")),
+        ("layers=1,2", "layers", ("1", "2")),
+        ("layers=z", "layers", ("z",)),
+        ("layers=", "layers", ()),
+        ("pair=3, 4", "pair", (3, 4)),
+        ("ceiling=-2", "ceiling", -2),
+        ("ceiling=None", "ceiling", None),
+        ("data=a b/c", "data", Path("a b/c")),
+        ("title=12", "title", "12"),
+        ("title=a=b", "title", "a=b"),
+        ("title=null", "title", "null"),
+        ("loud=true", "loud", True),
+        ("optim.lr=1e-4", "optim", Optim(1e-4)),
+    ],
+)
+def test_set_gives_one_field_a_value_of_its_type(word, field, expected):
+    for words in (["--set", word], [f"--set={word}"]):
+        parsed, _ = front.parse(Experiment(ceiling=5), words)
+        assert getattr(parsed, field) == expected
+        assert type(getattr(parsed, field)) is type(expected)
+
+
+def test_set_stands_between_files_and_flags(tmp_path):
+    file = tmp_path / "s.yaml"
+    file.write_text("steps: 4\ntitle: file\n", encoding="utf-8")
+    words = ["--set", "steps=5", "--config", str(file), "--title", "flag", "--set", "title=set"]
+    words += ["--set", "threads=2", "--set", "optim.lr=0.5", "--set", "run.name=n"]
+    parsed, _ = front.parse(Experiment(), words)
+    assert (parsed.steps, parsed.title, parsed.optim.lr) == (5, "flag", 0.5)
+    assert (parsed.run.threads, parsed.run.name) == (2, "n")
+    assert front.parse(Experiment(), ["--set", "steps=5", "--set", "steps=6"])[0].steps == 6
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("stepz=1", r"--set: unknown key 'stepz'; perhaps you meant steps"),
+        ("optim.lrr=1", r"optim: unknown key 'lrr'; perhaps you meant lr"),
+        ("optm.lr=1", r"unknown key 'optm'; perhaps you meant optim"),
+        ("steps=many", r"--set: steps: found 'many', expected int"),
+        ("steps=0", r"expected at least 1"),
+        ("kind=c", r"expected one of a, b"),
+        ("pair=1,2,3", r"pair"),
+        ("optim=3", r"optim: found"),
+        ("steps", r"--set steps: expected key=value"),
+        ("=3", r"expected key=value"),
+    ],
+)
+def test_set_names_its_mistakes_and_ends_with_2(monkeypatch, capsys, word, message):
+    with pytest.raises(ConfigError, match=message):
+        front.parse(Experiment(), ["--set", word])
+    assert run_cli(monkeypatch, lambda experiment: {}, "--set", word) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+    assert len(text) <= 1100
+
+
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=10)
 
 
