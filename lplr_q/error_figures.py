@@ -165,32 +165,55 @@ def step_figure(rows: list[dict[str, Any]]) -> Any:
     """
     from matplotlib.ticker import MaxNLocator
 
-    from workbench.plots import line_plot, new_figure
-
-    names = list(dict.fromkeys(r["sublayer"] for r in rows))
-    columns = min(4, len(names))
-    height = -(-len(names) // columns)
-    figure, axes = new_figure(2.9 * columns + 0.4, 2.7 * height, rows=height, columns=columns)
-    panels = [axes] if len(names) == 1 else list(axes.flat)
-    for place, panel in enumerate(panels):
-        if place >= len(names):
-            panel.set_visible(False)
-            continue
-        line_plot(
-            panel,
-            [r for r in rows if r["sublayer"] == names[place] and r["step"] > 1],
-            x="step",
-            y="error",
-            series="method",
-            xlabel="sub-step" if place >= len(names) - columns else " ",
-            ylabel="error e (log)" if place % columns == 0 else " ",
-            title=names[place],
-            log="y",
-        )
+    figure, panels = sublayer_panels(
+        {
+            name: [r for r in rows if r["sublayer"] == name and r["step"] > 1]
+            for name in dict.fromkeys(r["sublayer"] for r in rows)
+        },
+        height=2.7,
+        x="step",
+        y="error",
+        series="method",
+        xlabel="sub-step",
+        ylabel="error e (log)",
+    )
+    for panel in panels:
         panel.yaxis.set_major_locator(MaxNLocator(5))
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    shared_legend(figure, panels)
     return figure
+
+
+def sublayer_panels(
+    rows_of: dict[str, list[dict[str, Any]]],
+    *,
+    height: float,
+    xlabel: str,
+    ylabel: str,
+    **columns_drawn: str,
+) -> tuple[Any, list[Any]]:
+    """(figure, panels): lines of each sublayer in a panel of its own, log y, axes named at the rim,
+    one legend. ``columns_drawn`` as of ``line_plot``."""
+    from workbench.plots import line_plot, new_figure
+
+    n = len(rows_of)
+    columns = min(4, n)
+    deep = -(-n // columns)
+    figure, axes = new_figure(2.9 * columns + 0.4, height * deep, rows=deep, columns=columns)
+    panels = [axes] if n == 1 else list(axes.flat)
+    for unused in panels[n:]:
+        unused.set_visible(False)
+    for place, (name, rows) in enumerate(rows_of.items()):
+        line_plot(
+            panels[place],
+            rows,
+            xlabel=xlabel if place >= n - columns else " ",
+            ylabel=ylabel if place % columns == 0 else " ",
+            title=name,
+            log="y",
+            **columns_drawn,
+        )
+    shared_legend(figure, panels[:n])
+    return figure, panels[:n]
 
 
 def shared_legend(figure: Any, panels: list[Any]) -> None:

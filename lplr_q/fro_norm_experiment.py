@@ -25,7 +25,8 @@ from lplr_q.error_figures import (
     step_table,
     summary_rows,
 )
-from workbench.cli import RunField, RunOptions, cli
+from lplr_q.layer_study import LayerStudy, load_study
+from workbench.cli import cli
 from workbench.errors import ConfigError
 from workbench.run import Run
 
@@ -42,11 +43,9 @@ ROUNDING = ("rtn", "gptq")
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(LayerStudy):
     """Which matrices, which methods, how many bits."""
 
-    model: str = "micro-mistral"
-    """Built-in name, local folder or hub id."""
     layers: tuple[int, ...] = (0, 3, 7)
     """Decoder blocks; none given: all."""
     sublayers: tuple[str, ...] = ()
@@ -83,24 +82,10 @@ class Experiment:
     """Which H the Q step sees."""
     rht: bool = True
     """Randomised Hadamard transform on both sides."""
-    sigma_reg: float = 0.01
-    """Multiple of the mean diagonal added to each Hessian."""
-    hessians: str | None = None
-    """Folder written by save_hessians; None: collected from the calibration texts."""
-    calibration: tuple[str, ...] = ("microworld:doc", "stdlib")
-    """Texts whose activations make the Hessians."""
-    calibration_tokens: int = 8192
-    """Tokens of each text."""
-    length: int = 512
-    """Tokens per row."""
-    batch_size: int = 8
-    """Rows per forward pass."""
-    seed: int = 0
-    """Seed of all named streams."""
-    run: RunField = RunOptions()
 
     def __post_init__(self) -> None:
         """Settings that cannot work together."""
+        super().__post_init__()
         if not self.methods:
             raise ConfigError(f"methods is empty; give some of {', '.join(LABELS)}")
         for name in ("methods", "layers", "sublayers"):
@@ -117,11 +102,6 @@ class Experiment:
             raise ConfigError(f"rank={self.rank}; leave it out to fill the budget, or give 1 up")
         if self.rounds < 1:
             raise ConfigError(f"rounds={self.rounds}: nothing would be decomposed; use at least 1")
-        if self.calibration_tokens < self.length or not self.calibration:
-            raise ConfigError(
-                f"calibration_tokens={self.calibration_tokens} of {len(self.calibration)} texts do "
-                f"not fill one row of length {self.length}"
-            )
 
 
 EXPERIMENT = Experiment()  # edit me
@@ -277,20 +257,7 @@ def main(experiment: Experiment) -> dict[str, Any]:
     with Run.open("lplr_q.fro_norm_experiment", experiment) as run:
         if run.finished:
             return run.results
-        from lplr_q.activation_aware.dataclasses import DataParameters
-        from lplr_q.activation_aware.weight_compression import calibration_of_run
-
-        model, tokenizer = run.load_model(experiment.model, dtype=None)
-        data = DataParameters(
-            devset=experiment.calibration,
-            devset_size=experiment.calibration_tokens
-            // experiment.length
-            * len(experiment.calibration),
-            context_length=experiment.length,
-            batch_size=experiment.batch_size,
-            seed=experiment.seed,
-        )
-        calibration = calibration_of_run(run, model, tokenizer, data, stored=experiment.hessians)
+        model, calibration = load_study(run, experiment)
         rows = sweep(run, experiment, model, calibration)
         return report(run, experiment, rows)
 

@@ -14,56 +14,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from workbench.cli import RunField, RunOptions, cli
-from workbench.errors import ConfigError
+from lplr_q.layer_study import LayerStudy, load_study
+from workbench.cli import cli
+from workbench.errors import require_least
 from workbench.run import Run
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from lplr_q.activation_aware.hessian import Calibration
-
 FORMS = ("plain", "whitened")
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(LayerStudy):
     """Whose spectra, under which inputs."""
 
-    model: str = "micro-mistral"
-    """Built-in name, local folder or hub id."""
     include: str = ".*"
     """Regular expression: linear layers of the decoder blocks to look at."""
     rank: int = 16
     """Components whose energy is reported."""
-    hessians: str | None = None
-    """Folder written by save_hessians; None: collected from the calibration texts."""
-    calibration: tuple[str, ...] = ("microworld:doc", "stdlib")
-    """Texts whose activations make the Hessians."""
-    calibration_tokens: int = 8192
-    """Tokens of each text."""
-    length: int = 512
-    """Tokens per row."""
-    batch_size: int = 8
-    """Rows per forward pass."""
-    sigma_reg: float = 0.01
-    """Multiple of the mean diagonal added to each Hessian."""
-    seed: int = 0
-    """Seed of all named streams."""
-    run: RunField = RunOptions()
 
     def __post_init__(self) -> None:
         """Settings that cannot work."""
-        if self.rank < 1:
-            raise ConfigError(f"rank={self.rank}; the energy of at least 1 component is asked for")
-        if not self.calibration:
-            raise ConfigError("calibration is empty; give at least one text")
-        if self.calibration_tokens < self.length:
-            raise ConfigError(
-                f"calibration_tokens={self.calibration_tokens} do not fill one row of length "
-                f"{self.length}"
-            )
+        super().__post_init__()
+        require_least(self, 1, "rank")
 
 
 EXPERIMENT = Experiment()  # edit me
@@ -116,23 +91,9 @@ def main(experiment: Experiment) -> dict[str, Any]:
     with Run.open("lplr_q.sv_profile", experiment) as run:
         if run.finished:
             return run.results
-        from lplr_q.activation_aware.dataclasses import DataParameters
-        from lplr_q.activation_aware.weight_compression import calibration_of_run
         from lplr_q.weights import ModuleWeights
 
-        model, tokenizer = run.load_model(experiment.model, dtype=None)
-        data = DataParameters(
-            devset=experiment.calibration,
-            devset_size=experiment.calibration_tokens
-            // experiment.length
-            * len(experiment.calibration),
-            context_length=experiment.length,
-            batch_size=experiment.batch_size,
-            seed=experiment.seed,
-        )
-        calibration: Calibration = calibration_of_run(
-            run, model, tokenizer, data, include=experiment.include, stored=experiment.hessians
-        )
+        model, calibration = load_study(run, experiment, include=experiment.include)
         found: dict[str, dict[str, Tensor]] = {}
         for name in run.progress(list(calibration.key_of), "spectra"):
             weight = ModuleWeights(model)(name)
@@ -260,38 +221,27 @@ SMALLEST = 1e-3
 
 def spectrum_figure(rows: list[dict[str, Any]], rank: int) -> Any:
     """One panel per sublayer, log y: plain and whitened with their spread over layers."""
-    from lplr_q.error_figures import shared_legend
-    from workbench.plots import INK, line_plot, new_figure
+    from lplr_q.error_figures import sublayer_panels
+    from workbench.plots import INK
 
-    names = list(dict.fromkeys(r["sublayer"] for r in rows))
-    columns = min(4, len(names))
-    height = -(-len(names) // columns)
-    figure, axes = new_figure(2.9 * columns + 0.4, 2.6 * height, rows=height, columns=columns)
-    panels = [axes] if len(names) == 1 else list(axes.flat)
-    for place, panel in enumerate(panels):
-        if place >= len(names):
-            panel.set_visible(False)
-            continue
-        mine = [
-            {**r, "low": max(r["low"], SMALLEST)}
-            for r in rows
-            if r["sublayer"] == names[place] and r["mean"] > SMALLEST
-        ]
-        line_plot(
-            panel,
-            mine,
-            x="component",
-            y="mean",
-            low="low",
-            high="high",
-            series="form",
-            xlabel="component" if place >= len(names) - columns else " ",
-            ylabel="singular value (log)" if place % columns == 0 else " ",
-            title=names[place],
-            log="y",
-        )
+    drawn: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["mean"] > SMALLEST:
+            shown = {**row, "low": max(row["low"], SMALLEST)}
+            drawn.setdefault(row["sublayer"], []).append(shown)
+    figure, panels = sublayer_panels(
+        drawn,
+        height=2.6,
+        x="component",
+        y="mean",
+        low="low",
+        high="high",
+        series="form",
+        xlabel="component",
+        ylabel="singular value (log)",
+    )
+    for panel in panels:
         panel.axvline(rank, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
-    shared_legend(figure, panels)
     return figure
 
 

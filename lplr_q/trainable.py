@@ -16,73 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lplr_q.activation_aware.layer_state import (
-    code_layout,
-    pack_codes,
-    trained_value,
-    unpack_codes,
-)
+from lplr_q.activation_aware.components import release_components
 from lplr_q.activation_aware.quantized_layer import LPLRQuantizedLinear, quantised_layers
-from lplr_q.codebooks.base import make_codebook
 from workbench import storage
 from workbench.errors import ConfigError, DataError
 
 
-def with_trained_rank(layer: LPLRQuantizedLinear, ft_rank: int) -> LPLRQuantizedLinear:
-    """The same layer with its first ``ft_rank`` components as parameters; the matrix is unchanged
-    up to the rounding of factors to 16 bits.
+def release_exactly(layer: LPLRQuantizedLinear, ft_rank: int) -> None:
+    """Make the first ``ft_rank`` components parameters; the matrix is unchanged up to the rounding
+    of factors to 16 bits.
 
     Raises:
         ConfigError: fewer components than that, or other components train already.
     """
     form = layer.form
-    if form.ft_rank == ft_rank:
-        return layer
-    if form.ft_rank or ft_rank > form.rank:
+    if form.ft_rank not in (0, ft_rank) or ft_rank > form.rank:
         raise ConfigError(
             f"ft_rank={ft_rank} of a layer of rank {form.rank} with {form.ft_rank} trained "
             f"components; use at most {form.rank}"
         )
-    settings = {**layer.settings(), "ft_rank": ft_rank}
-    kind = None if layer.bias is None else layer.bias.dtype
-    new = LPLRQuantizedLinear.from_settings(settings, dtype=kind)
-    state = {k: t.detach().cpu() for k, t in layer.state_dict().items() if k[:2] not in _FACTORS}
-    state["lora_L"] = trained_value(_decoded(layer, "l")[:ft_rank].T)
-    state["lora_R"] = trained_value(_decoded(layer, "r")[:ft_rank])
-    if ft_rank < form.rank:
-        state |= _rest(layer, "l", ft_rank) | _rest(layer, "r", ft_rank)
-    new.load_state_dict(state)
-    return new.to(_device(layer))
-
-
-_FACTORS = ("l_", "r_")
-
-
-def _device(layer: LPLRQuantizedLinear) -> torch.device:
-    return next(layer.buffers()).device
-
-
-def _decoded(layer: LPLRQuantizedLinear, name: str) -> Tensor:
-    return layer.factor(name).detach().float().cpu()
-
-
-def _rest(layer: LPLRQuantizedLinear, name: str, skip: int) -> dict[str, Tensor]:
-    """Code tensors of one factor without its first ``skip`` components."""
-    form = layer.form
-    stored = {k: t.cpu() for k, t in layer.state_dict().items() if k.startswith(f"{name}_")}
-    if form.factor_bits == 16:
-        return {f"{name}_codes": stored[f"{name}_codes"][skip:].contiguous()}
-    book = make_codebook(form.factor_codebook, form.factor_bits)
-    length = layer.out_features if name == "l" else layer.in_features
-    tail = stored.get(f"{name}_tail")
-    names = [k for k in code_layout(name, form.rank, length, book) if not k.endswith("_tail")]
-    codes = [stored[k] for k in names]
-    whole, rest = unpack_codes(codes, tail, book, length, 0, form.rank)
-    whole = None if whole is None else whole[skip:]
-    state = pack_codes(name, whole, None if rest is None else rest[skip:], book)
-    scales = stored[f"{name}_scales"]
-    state[f"{name}_scales"] = scales[skip:].contiguous() if book.dim == 1 else scales
-    return state
+    release_components(layer, ft_rank)
 
 
 def make_trainable(model: nn.Module, *, signs: bool, ft_rank: int) -> dict[str, list[nn.Parameter]]:
@@ -107,14 +60,11 @@ def make_trainable(model: nn.Module, *, signs: bool, ft_rank: int) -> dict[str, 
         raise ConfigError("signs cannot train: no layer was compressed with rotation (--rht)")
     model.requires_grad_(False)
     found: dict[str, list[nn.Parameter]] = {"signs": [], "factors": []}
-    for name, layer in layers:
-        new = layer
+    for _, layer in layers:
         if ft_rank and not layer.form.ft_rank:
-            new = with_trained_rank(layer, min(ft_rank, layer.rank))
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, new)
-        new.trainable(signs=signs, factors=ft_rank > 0)
-        for own, parameter in new.named_parameters():
+            release_components(layer, ft_rank)
+        layer.trainable(signs=signs, factors=ft_rank > 0)
+        for own, parameter in layer.named_parameters():
             if parameter.requires_grad:
                 found["factors" if own.startswith("lora_") else "signs"].append(parameter)
     return found
@@ -160,7 +110,7 @@ def put_trained(model: nn.Module, file: Path | str) -> None:
             raise DataError(f"{file}: {name} is no compressed layer of this model")
         layer = layers[name]
         if "lora_L" in own:
-            layer = with_trained_rank(layer, own["lora_L"].shape[1])
+            release_exactly(layer, own["lora_L"].shape[1])
         layer.trainable(signs="signs_in" in own, factors="lora_L" in own)
         parameters = dict(layer.named_parameters())
         for key, tensor in own.items():
@@ -169,5 +119,3 @@ def put_trained(model: nn.Module, file: Path | str) -> None:
                 raise DataError(f"{file}: {name}.{key} of shape {tuple(tensor.shape)} does not fit")
             target.data.copy_(tensor)
         layer.merge_trained()
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer)

@@ -1,8 +1,11 @@
-"""Scalar codebook: the Lloyd-Max quantiser of a unit Gaussian.   [Max 1960]"""
+"""Scalar codebooks: one level per weight; the Lloyd-Max quantiser of a unit Gaussian.
+[Max 1960]
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -72,18 +75,20 @@ def gaussian_mse(levels: Float[Tensor, " levels"]) -> float:
     return float(1 - 2 * (levels * first).sum() + (levels**2 * mass).sum())
 
 
-class LloydMaxCodebook:
-    """One level per weight; Gaussian MSE 0.1175, 0.0345, 0.0095 at 2, 3, 4 bits."""
+class ScalarCodebook:
+    """One of 2^b ascending levels per weight, the nearest; a kind of it has a name and levels."""
 
-    name = "lloyd-max"
+    name: str
     dim = 1
     opt_scale = 1.0
+    levels_of: Callable[[int], Tensor]
+    """Levels of so many bits."""
 
     def __init__(self, bits: int) -> None:
         require_bits(self.name, bits, tuple(range(1, 9)))
         self.bits = float(bits)
         self.streams: tuple[int, ...] = (bits,)
-        self._levels = lloyd_max_levels(bits)
+        self._levels = type(self).levels_of(bits)
 
     def encode(self, x: Float[Tensor, "*batch 1"]) -> Int64[Tensor, "*batch 1"]:
         """Index of the nearest level."""
@@ -93,3 +98,10 @@ class LloydMaxCodebook:
     def decode(self, codes: Int64[Tensor, "*batch 1"]) -> Float[Tensor, "*batch 1"]:
         """The levels."""
         return self._levels.to(device=codes.device, dtype=torch.float32)[codes]
+
+
+class LloydMaxCodebook(ScalarCodebook):
+    """Levels of least error; Gaussian MSE 0.1175, 0.0345, 0.0095 at 2, 3, 4 bits."""
+
+    name = "lloyd-max"
+    levels_of = staticmethod(lloyd_max_levels)

@@ -9,11 +9,10 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
-from lplr_q.codebooks.base import require_bits
-from lplr_q.codebooks.scalar import gaussian_mse
+from lplr_q.codebooks.scalar import ScalarCodebook, gaussian_mse
 from lplr_q.constants import on_cpu
 
 
@@ -33,24 +32,8 @@ def uniform_levels(bits: int) -> Float[Tensor, " levels"]:
     return places * (low + high) / 2
 
 
-class UniformCodebook:
+class UniformCodebook(ScalarCodebook):
     """One of 2^b equally spaced levels per weight."""
 
     name = "uniform"
-    dim = 1
-    opt_scale = 1.0
-
-    def __init__(self, bits: int) -> None:
-        require_bits(self.name, bits, tuple(range(1, 9)))
-        self.bits = float(bits)
-        self.streams: tuple[int, ...] = (bits,)
-        self._levels = uniform_levels(bits)
-
-    def encode(self, x: Float[Tensor, "*batch 1"]) -> Int64[Tensor, "*batch 1"]:
-        """Index of the nearest level."""
-        levels = self._levels.to(device=x.device, dtype=x.dtype)
-        return torch.bucketize(x.contiguous(), (levels[1:] + levels[:-1]) / 2)
-
-    def decode(self, codes: Int64[Tensor, "*batch 1"]) -> Float[Tensor, "*batch 1"]:
-        """The levels."""
-        return self._levels.to(device=codes.device, dtype=torch.float32)[codes]
+    levels_of = staticmethod(uniform_levels)

@@ -58,22 +58,29 @@ def rounding_ridge(left: Float[Tensor, "n r"], bits: int) -> float:
     return energy * SPAN**2 / (12 * (2**bits - 1) ** 2)
 
 
-def factors_from_left(
+def from_columns(
+    method: str,
     matrix: Float[Tensor, "n d"],
     columns: Float[Tensor, "n r"],
     *,
     bits: int,
-    bits_right: int,
+    bits_right: int | None = None,
     damped: bool = True,
     rounding: Rounding = "nearest",
+    affine: bool = False,
     generator: torch.Generator | None = None,
-) -> Term:
+) -> CompressedMatrix:
     """L = Q(columns), R = Q'(L^+ A), or with the ridge of :func:`rounding_ridge`."""
     left = quantise_uniform(columns, bits, rounding=rounding, generator=generator)
     right = right_for(
-        matrix, left, bits_right, damped=damped, rounding=rounding, generator=generator
+        matrix,
+        left,
+        bits if bits_right is None else bits_right,
+        damped=damped,
+        rounding=rounding,
+        generator=generator,
     )
-    return Term(left, right)
+    return finish(method, matrix, Term(left, right), affine)
 
 
 def right_for(
@@ -136,16 +143,17 @@ def compress_lplr(
         orthogonal=orthogonal,
         generator=generator,
     )
-    term = factors_from_left(
+    return from_columns(
+        "lplr",
         matrix,
         columns,
         bits=bits,
-        bits_right=bits if bits_right is None else bits_right,
+        bits_right=bits_right,
         damped=damped,
         rounding=rounding,
+        affine=affine,
         generator=generator,
     )
-    return finish("lplr", matrix, term, affine)
 
 
 def finish(method: str, matrix: Tensor, term: Term, affine: bool) -> CompressedMatrix:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lplr_q.data_agnostic.compressed import CompressedMatrix, check_matrix, check_rank
-from lplr_q.data_agnostic.lplr import factors_from_left, finish
+from lplr_q.data_agnostic.lplr import from_columns
 from lplr_q.data_agnostic.naive import Rounding
 from lplr_q.data_agnostic.sketch import random_rotation
 
@@ -41,13 +41,14 @@ def compress_lsvd(
     columns = u[:, :rank] * s[:rank]
     if mix and generator is not None:
         columns = columns @ random_rotation(rank, generator, matrix)
-    term = factors_from_left(
+    return from_columns(
+        "lsvd",
         matrix,
         columns,
         bits=bits,
-        bits_right=bits if bits_right is None else bits_right,
+        bits_right=bits_right,
         damped=damped,
         rounding=rounding,
+        affine=affine,
         generator=generator,
     )
-    return finish("lsvd", matrix, term, affine)

@@ -89,17 +89,8 @@ product = _Operator("product", _product)
 
 
 @product.register_fake
-def _product_shape(
-    x: Tensor,
-    codes: list[Tensor],
-    tail: Tensor | None,
-    scale: Tensor,
-    book: str,
-    bits: int,
-    m: int,
-    tile_rows: int,
-    kernel: bool,
-) -> Tensor:
+def _product_shape(x: Tensor, *others: Any) -> Tensor:
+    m = others[5]
     return x.new_empty(x.shape[0], m)
 
 
@@ -124,16 +115,8 @@ def product_back(
 
 
 @product_back.register_fake
-def _product_back_shape(
-    grad: Tensor,
-    codes: list[Tensor],
-    tail: Tensor | None,
-    scale: Tensor,
-    book: str,
-    bits: int,
-    n: int,
-    tile_rows: int,
-) -> Tensor:
+def _product_back_shape(grad: Tensor, *others: Any) -> Tensor:
+    n = others[5]
     return grad.new_empty(grad.shape[0], n)
 
 
@@ -172,15 +155,8 @@ coded_factor = _Operator("factor", _factor)
 
 
 @coded_factor.register_fake
-def _factor_shape(
-    codes: list[Tensor],
-    tail: Tensor | None,
-    scales: Tensor | None,
-    book: str,
-    bits: int,
-    rank: int,
-    length: int,
-) -> Tensor:
+def _factor_shape(codes: list[Tensor], *others: Any) -> Tensor:
+    rank, length = others[4:]
     return codes[0].new_empty(rank, length, dtype=torch.float32)
 
 
@@ -219,7 +195,6 @@ def matrix(
 
 
 @matrix.register_fake
-def _matrix_shape(
-    codes: list[Tensor], tail: Tensor | None, scale: Tensor, book: str, bits: int, m: int, n: int
-) -> Tensor:
+def _matrix_shape(codes: list[Tensor], tail: Tensor | None, scale: Tensor, *others: Any) -> Tensor:
+    m, n = others[2:]
     return scale.new_empty(m, n, dtype=torch.float32)

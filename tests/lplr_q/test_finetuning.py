@@ -16,7 +16,7 @@ from lplr_q.classifier import Classifier, encode_texts
 from lplr_q.finetune_rht import grouped_cross_entropy
 from lplr_q.finetune_winogrande import choice_loss
 from lplr_q.finetuning import Tuning, token_blocks, tuning_groups, widest
-from lplr_q.trainable import Trained, make_trainable, put_trained, with_trained_rank
+from lplr_q.trainable import Trained, make_trainable, put_trained, release_exactly
 from lplr_q.tuning_loop import Job, Progress, build_schedule, fit, steps_of
 from tests.conftest import ROOT, child_environment
 from workbench.errors import ConfigError, DataError, DivergedError
@@ -56,13 +56,16 @@ class Holder(nn.Module):
 def test_components_become_parameters_without_a_change_of_the_matrix(form, ft_rank):
     layer = layer_of(**form)
     before = {k: t.clone() for k, t in layer.state_dict().items()}
-    new = with_trained_rank(layer, ft_rank)
+    new = copy.deepcopy(layer)
+    release_exactly(new, ft_rank)
     # 16-bit rounding of the decoded factors is all that changes
     torch.testing.assert_close(new.dequantize(), layer.dequantize(), rtol=0, atol=0.03)
     assert new.form.coded_rank == 4 - ft_rank
     assert new.lora_L.shape == (layer.out_features, ft_rank)
     assert all(torch.equal(t, before[k]) for k, t in layer.state_dict().items())
-    assert with_trained_rank(new, ft_rank) is new
+    codes = {k: t.clone() for k, t in new.state_dict().items()}
+    release_exactly(new, ft_rank)  # nothing left to do
+    assert all(torch.equal(t, codes[k]) for k, t in new.state_dict().items())
     for name in before:  # Q, scales of Q and signs are the same tensors
         if name[:2] not in ("l_", "r_"):
             assert torch.equal(new.state_dict()[name], before[name])
@@ -72,10 +75,12 @@ def test_components_become_parameters_without_a_change_of_the_matrix(form, ft_ra
 
 
 def test_more_components_than_there_are():
+    layer = layer_of()
     with pytest.raises(ConfigError, match="ft_rank=5 of a layer of rank 4"):
-        with_trained_rank(layer_of(), 5)
+        release_exactly(layer, 5)
+    release_exactly(layer, 2)
     with pytest.raises(ConfigError, match="2 trained components"):
-        with_trained_rank(with_trained_rank(layer_of(), 2), 3)
+        release_exactly(layer, 3)
 
 
 def test_only_what_was_asked_for_trains():
