@@ -193,6 +193,19 @@ def test_within_the_budget_and_never_worse_than_any_uniform_setting(seed, target
         assert found.uniform_cost <= cost * (1 + 1e-12)
 
 
+def test_a_uniform_setting_that_no_price_finds_is_not_missed():
+    """3 bits everywhere lie above the line from 2 to 3.5 bits: no price of a bit picks them, and
+    the best upgrade of one layer leaves too little for the other."""
+    choices = tuple(
+        Choice("e8p", q_bits, 0, 4, bits, error2)
+        for q_bits, bits, error2 in ((2, 20, 1.0), (3, 30, 0.4), (4, 35, 0.0))
+    )
+    items = [Item(name, 10, 1.0, choices) for name in ("a", "b")]
+    found = allocate(items, 3.0)
+    assert found.cost == found.uniform_cost == pytest.approx(0.8)
+    assert [c.q_bits for c in found.modules.values()] == [3, 3]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_close_to_the_best_of_all_combinations(seed):
     items = [

@@ -10,7 +10,13 @@ import torch
 from lplr_q.activation_aware.discovery import linear_weight, unfuse_experts
 from lplr_q.activation_aware.hessian import collect_hessians
 from lplr_q.activation_aware.quantized_layer import LPLRQuantizedLinear, quantised_layers
-from lplr_q.hf import replace_linears, require_uncompressed, save_compressed, storage_report
+from lplr_q.hf import (
+    exact_dtype,
+    replace_linears,
+    require_uncompressed,
+    save_compressed,
+    storage_report,
+)
 from lplr_q.quantize_model import (
     CompressionSettings,
     candidates,
@@ -19,9 +25,11 @@ from lplr_q.quantize_model import (
     prepare_sublayer,
     result_tree,
 )
+from tests.lplr_q.families import family_model
 from workbench.errors import ConfigError, DataError
-from workbench.models import load_model
+from workbench.models import load_model, quiet_transformers
 from workbench.seeding import Streams
+from workbench.storage import read_safetensors
 from workbench.tiny import FAMILIES, byte_tokenizer, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,10 +175,13 @@ def test_p10_other_families_reload_with_the_same_logits(family, tmp_path):
     ],
 )
 def test_plain_from_pretrained_after_the_import(saved, order):
+    """The lines of the model card, as they stand there."""
     _, _, folder, _ = saved
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    lines = card.split("```python\n")[1].split("```")[0]
+    assert lines.startswith("import lplr_q")
     code = (
-        f"{order}\nfrom transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
+        f"{order}\n{lines.replace('this folder', str(folder))}\n"
         "print(type(model.model.layers[0].mlp.up_proj).__name__)"
     )
     done = subprocess.run(
@@ -320,6 +331,24 @@ def test_weights_are_written_in_shards(tmp_path):
     save_compressed(model, byte_tokenizer(), tmp_path)  # the shards do not stay behind
     assert [p.name for p in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
     assert torch.equal(logits(load_model(tmp_path)[0]), logits(model))
+
+
+def test_tied_weights_are_stored_once(tmp_path):
+    """Embedding and head that share a tensor take its bytes once, and share it after loading."""
+    model, compressed = compress_model(family_model("qwen2"))
+    assert model.config.tie_word_embeddings
+    report = save_compressed(compressed, None, tmp_path)
+    names = set(read_safetensors(tmp_path / "model.safetensors"))
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+    once = sum(p.numel() for p in compressed.parameters())  # a shared one is counted once
+    assert report["other_bytes"] == exact_dtype(compressed).itemsize * once
+    with quiet_transformers():
+        from transformers import AutoModelForCausalLM
+
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()
+    assert torch.equal(logits(loaded), logits(compressed))
 
 
 def test_a_model_is_not_compressed_twice(saved, tmp_path):
