@@ -6,7 +6,8 @@
     python -m lplr_q.fro_norm_experiment --model FOLDER --rank 256 --rounds 20 --methods lr_first
 
 All methods get the same total bits per weight, overheads included, unless --rank fixes the rank.
-The parameters stand in EXPERIMENT in this file, to be edited there or given as flags.
+The parameters stand in EXPERIMENT in this file, to be edited there or given as flags or as
+--set key=value.
 """
 
 from __future__ import annotations
@@ -257,7 +258,10 @@ def main(experiment: Experiment) -> dict[str, Any]:
     with Run.open("lplr_q.fro_norm_experiment", experiment) as run:
         if run.finished:
             return run.results
+        from lplr_q import native
+
         model, calibration = load_study(run, experiment)
+        run.note(native.status(run.device.device))
         rows = sweep(run, experiment, model, calibration)
         return report(run, experiment, rows)
 

@@ -90,8 +90,10 @@ def library(source: Path = _SOURCE) -> ctypes.CDLL | None:
     return load(source)[0]
 
 
-def status() -> str:
-    """One line for a run's log: which form encodes, and why."""
+def status(device: torch.device | None = None) -> str:
+    """One line for a run's log: which form encodes on this device (the CPU), and why."""
+    if device is not None and device.type != "cpu":
+        return f"C kernels of lplr_q: not for {device.type} → torch"
     if os.environ.get("FIVEFOLD_NATIVE", "1") == "0":
         return "C kernels of lplr_q: switched off by FIVEFOLD_NATIVE=0 → torch"
     found, reason = load(_SOURCE)

@@ -146,6 +146,7 @@ def main(experiment: Experiment) -> dict[str, Any]:
 
 
 def _quantize(run: Run, e: Experiment) -> dict[str, Any]:
+    from lplr_q import native
     from lplr_q.activation_aware.discovery import fused_experts, unfuse_experts
     from lplr_q.calibration import use_token
     from lplr_q.quantize_model import assemble
@@ -162,6 +163,7 @@ def _quantize(run: Run, e: Experiment) -> dict[str, Any]:
     model, tokenizer = run.load_model(e.base_model, dtype=None)
     if getattr(model.config, "quantization_config", None) is not None:
         raise ConfigError(f"{e.base_model} is already quantised; give the original model")
+    run.note(native.status(run.device.device))
     unfuse_experts(model)
     left = [name for name, fits in fused_experts(model).items() if not fits]
     if left:

@@ -221,8 +221,10 @@ def _contest(
     """Model, Hessians from the calibration texts and settings that all arms share."""
     import torch
 
+    from lplr_q import native
     from lplr_q.contest import Contest
 
+    run.note(native.status(run.device.device))
     tokens = torch.cat([part.tokens for part in calibration])
     mask = torch.cat([part.counted for part in calibration])
     return Contest(
@@ -425,7 +427,8 @@ def _layer_report(run: Run, layers: list[dict[str, Any]], curves: list[dict[str,
         "error_by_layer",
         figure,
         drawn,
-        caption=f"Relative activation-aware error, median over blocks; {len(layers)} layers",
+        caption="Relative activation-aware error, median over blocks; "
+        f"n = {len({r['layer'] for r in layers})} layers",
         alt="; ".join(f"{r['sublayer']} {r['budget']}: {r['error']:.3f}" for r in drawn),
     )
     if curves:
@@ -434,8 +437,8 @@ def _layer_report(run: Run, layers: list[dict[str, Any]], curves: list[dict[str,
             "error_by_step",
             figure,
             drawn,
-            caption="Error after each sub-step, from decoded codes; median over sublayers, band "
-            "from the smallest to the largest",
+            caption="Error after each sub-step, from decoded codes: median over "
+            f"n = {drawn[0]['sublayers']} sublayers, itself and over the first whole state",
             alt="; ".join(f"{r['budget']} step {r['step']}: {r['error']:.3f}" for r in drawn),
         )
     foretold = prediction_figure(layers)

@@ -1,5 +1,6 @@
 """What is refused, and with which words: one test for each kind of bad input."""
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -17,6 +18,8 @@ from lplr_q.codebooks.base import make_codebook
 from lplr_q.hf import save_compressed
 from lplr_q.linalg.ldl import cholesky, regularise
 from lplr_q.quantize_model import CompressionSettings, assemble, compress_model
+from tests.conftest import ROOT
+from workbench.cli import parse
 from workbench.errors import ConfigError, DataError, MissingExtra
 from workbench.models import load_model
 from workbench.run import RunOptions
@@ -210,3 +213,24 @@ def test_no_kernels_is_one_line_and_the_same_codes(monkeypatch):
     assert native.status() == "C kernels of lplr_q: switched off by FIVEFOLD_NATIVE=0 → torch"
     assert native.library() is None
     assert torch.equal(book.encode(x), usual)
+
+
+@pytest.mark.parametrize(
+    ("script", "methods"),
+    [("run", "rtn"), ("quantize_save", None), ("fro_norm_experiment", "rtn")],
+)
+def test_a_log_says_that_there_is_no_compiler(script, methods, tmp_path, monkeypatch):
+    module = importlib.import_module(f"lplr_q.{script}")
+    words = ["--config", str(ROOT / f"configs/lplr_q/{script}.tiny.yaml"), "--root", str(tmp_path)]
+    words += ["--methods", methods] if methods else []
+    experiment, _ = parse(module.EXPERIMENT, words)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    native.load.cache_clear()
+    try:
+        module.main(experiment)
+    finally:
+        native.load.cache_clear()
+    (log,) = tmp_path.glob("lplr_q/*/log.txt")
+    assert "C kernels of lplr_q: no C compiler found → torch" in log.read_text(encoding="utf-8")
+    assert native.status(torch.device("cuda")) == "C kernels of lplr_q: not for cuda → torch"
