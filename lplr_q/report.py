@@ -14,6 +14,10 @@ METHOD_NAMES = {
 }
 
 
+FIRST_WHOLE = 2
+"""Sub-step after which Q and L R have both been fitted."""
+
+
 def short_source(source: str) -> str:
     """A text's name as shown in tables."""
     return {"microworld:doc": "documents", "stdlib": "library text"}.get(source, source)
@@ -90,13 +94,13 @@ def error_figure(layers: Sequence[dict[str, Any]]) -> Any:
     drawn = [
         {
             "sublayer": kind,
-            "budget": f"{bits:g} bits",
+            "budget": in_bits(bits),
             "error": median(r["error"] for r in rows if r["kind"] == kind and r["bits"] == bits),
         }
         for bits in budgets
         for kind in kinds
     ]
-    figure, axes = new_figure(7.0, 3.6)
+    figure, axes = new_figure(7.0, max(3.6, 0.19 * len(drawn) + 1.0))
     bar_plot(
         axes,
         drawn,
@@ -109,42 +113,64 @@ def error_figure(layers: Sequence[dict[str, Any]]) -> Any:
     return figure, drawn
 
 
-def curve_figure(curves: Sequence[dict[str, Any]]) -> Any:
-    """Error after each sub-step by budget: median over sublayers, band from least to largest."""
+def curve_rows(curves: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per budget and sub-step: the error over the sublayers, and its ratio to that of the first
+    whole state (the second sub-step: before it one part of Q, L R is still zero)."""
     from statistics import median
 
+    mine = compressed_rows(curves)
+    first = {(r["bits"], r["layer"]): r["error"] for r in mine if r["step"] == FIRST_WHOLE}
+    drawn = []
+    for bits, step in sorted({(r["bits"], r["step"]) for r in mine}):
+        at = [r for r in mine if r["bits"] == bits and r["step"] == step]
+        errors = [r["error"] for r in at]
+        ratios = [r["error"] / first[bits, r["layer"]] for r in at if first.get((bits, r["layer"]))]
+        drawn.append(
+            {
+                "budget": in_bits(bits),
+                "step": step,
+                "error": median(errors),
+                "least": min(errors),
+                "largest": max(errors),
+                "over_first_whole": median(ratios) if ratios else None,
+                "sublayers": len(errors),
+            }
+        )
+    return drawn
+
+
+def curve_figure(curves: Sequence[dict[str, Any]]) -> Any:
+    """Error after each sub-step by budget, median over sublayers: itself, and over the first whole
+    state."""
+    from lplr_q.data_agnostic.figures import shared_legend
     from workbench.plots import line_plot, new_figure
 
-    drawn = []
-    for bits in dict.fromkeys(r["bits"] for r in curves):
-        mine = [r for r in curves if r["bits"] == bits]
-        for step in sorted({r["step"] for r in mine}):
-            errors = [r["error"] for r in mine if r["step"] == step]
-            drawn.append(
-                {
-                    "budget": f"{bits:g} bits",
-                    "step": step,
-                    "error": median(errors),
-                    "least": min(errors),
-                    "largest": max(errors),
-                    "sublayers": len(errors),
-                }
-            )
-    figure, axes = new_figure(6.4, 3.8)
+    drawn = curve_rows(curves)
+    whole = [r for r in drawn if r["step"] >= FIRST_WHOLE]
+    figure, panels = new_figure(8.4, 3.8, columns=2)
     line_plot(
-        axes,
+        panels[0],
         drawn,
         x="step",
         y="error",
-        low="least",
-        high="largest",
         series="budget",
         xlabel="sub-step of the alternation",
         ylabel="relative error e (log)",
-        title="Error during the alternation",
         log="y",
     )
-    axes.set_xticks(sorted({r["step"] for r in drawn}))
+    line_plot(
+        panels[1],
+        whole or drawn,
+        x="step",
+        y="over_first_whole",
+        series="budget",
+        xlabel="sub-step of the alternation",
+        ylabel=f"e over that of sub-step {FIRST_WHOLE}",
+    )
+    for panel, shown in zip(panels, (drawn, whole or drawn), strict=True):
+        panel.set_xticks(sorted({r["step"] for r in shown}))
+    if len({r["budget"] for r in drawn}) > 1:
+        shared_legend(figure, list(panels))
     return figure, drawn
 
 

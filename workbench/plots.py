@@ -301,7 +301,9 @@ def bar_plot(
     axes.set_xlim(min(0.0, left), max(0.0, right))
     _label(axes, xlabel or value, "", title)
     # beneath the axis, where no bar and no number of a bar can lie
-    _legend(axes, list(groups), loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=len(groups))
+    inches = axes.get_position().height * axes.get_figure(root=True).get_figheight()
+    below = -min(0.16, 0.45 / inches)
+    _legend(axes, list(groups), loc="upper center", bbox_to_anchor=(0.5, below), ncols=len(groups))
 
 
 def heat_map(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lplr_q.evaluate import load_blocks, perplexity_columns
+from lplr_q.report import curve_figure, curve_rows
 from lplr_q.run import EXPERIMENT, main
 from lplr_q.toy import train_toy
 from workbench.errors import ConfigError
@@ -214,6 +215,24 @@ def test_a_budget_below_the_codes_says_what_to_raise(tmp_path):
     run = RunOptions(root=tmp_path, threads=1, device="cpu")
     with pytest.raises(ConfigError, match="raise --bits or --overhead"):
         main(replace(TINY, bits=(1.5,), methods=("lplr-ldlq",), run=run))
+
+
+def test_the_curve_is_that_of_our_method_and_relative_to_its_first_whole_state():
+    def steps(method, layer, errors):
+        return [
+            {"bits": 2.0, "method": method, "layer": layer, "step": i, "error": e}
+            for i, e in enumerate(errors, 1)
+        ]
+
+    curves = steps("QuIP#-style", "a", (9.0, 9.0)) + steps("LPLR-LDLQ", "a", (0.8, 0.4, 0.2))
+    curves += steps("LPLR-LDLQ", "b", (0.6, 0.2, 0.2))
+    rows = curve_rows(curves)
+    assert [r["error"] for r in rows] == pytest.approx([0.7, 0.3, 0.2])
+    assert [r["over_first_whole"] for r in rows] == pytest.approx([2.5, 1.0, 0.75])
+    assert [(r["least"], r["largest"], r["sublayers"]) for r in rows][1] == (0.2, 0.4, 2)
+    figure, drawn = curve_figure(curves)
+    assert drawn == rows
+    assert [list(axes.get_xticks()) for axes in figure.axes] == [[1, 2, 3], [2, 3]]
 
 
 def test_blocks_mark_padding():
