@@ -112,6 +112,8 @@ def candidates(m: int, n: int, settings: CompressionSettings) -> list[tuple[int,
                 q_bits=q_bits,
                 factor_bits=settings.factor_bits,
                 rotated=settings.rht,
+                factor_codebook=settings.factor_codebook,
+                rescaled=settings.rescale,
             )
             if fixed is not None and (rank >= fixed or settings.q_bits is not None):
                 rank = fixed

@@ -355,6 +355,8 @@ class LPLRParams:
                 q_bits=self.Q_bits if self.has_q else 0,
                 factor_bits=self.L_bits,
                 rotated=self.rotated,
+                factor_codebook=self.lr_codebook,
+                rescaled=self.quip_args.rescale_WH,
             )
             if rank < 0:
                 raise ConfigError(

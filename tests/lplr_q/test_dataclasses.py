@@ -161,6 +161,10 @@ def test_rank_on_small_matrices_and_for_a_budget():
     spent = lplr_q.layer_bits(256, 256, rank=rank).per_weight
     more = lplr_q.layer_bits(256, 256, rank=rank + 1).per_weight
     assert spent <= 2.5 < more
+    rescaled = LPLRParams(**{**vars(params), "quip_args": QuipArgs(rescale_WH=True)})
+    found = rescaled.rank_for((256, 256))
+    assert found < rank
+    assert lplr_q.layer_bits(256, 256, rank=found, rescaled=True).per_weight <= 2.5
     with pytest.raises(ConfigError, match="raise it or lower Q_bits"):
         LPLRParams(target_bpw=1.5).rank_for((64, 64))
     with pytest.raises(ConfigError, match="ft_rank=40"):

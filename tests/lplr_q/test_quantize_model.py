@@ -11,6 +11,7 @@ import torch
 
 from lplr_q.activation_aware.hessian import collect_hessians, save_hessians
 from lplr_q.activation_aware.quantized_layer import quantised_layers
+from lplr_q.bits import layer_bits
 from lplr_q.hf import save_compressed
 from lplr_q.interleaved import compress_in_turns
 from lplr_q.quantize_model import (
@@ -368,6 +369,26 @@ def test_budgets_ranks_and_widths():
         CompressionSettings(bits=None)
     with pytest.raises(ConfigError, match="needs group"):
         CompressionSettings(bits=None, q_bits=2, method="rtn")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rescale": True}, {"factor_codebook": "e8p"}, {"rht": False}, {"codebook": "tcq-8"},
+     {"compute_q": False}],
+    ids=str,
+)  # fmt: skip
+def test_no_option_exceeds_the_budget(options, model, calibration, tmp_path):
+    """Divisors of the inputs, scales of coded factors and signs are paid from it."""
+    name = "model.layers.0.self_attn.q_proj"
+    settings = replace(QUICK, bits=2.6, **options)
+    records = compress_model(model, calibration, settings, tmp_path, names=[name], threads=1)
+    spent, rank = records[name]["bits_per_weight"], records[name]["settings"]["rank"]
+    one_more = layer_bits(
+        64, 64, rank=rank + 1, codebook=settings.codebook, rotated=settings.rht,
+        q_bits=2 if settings.compute_q else 0, factor_codebook=settings.factor_codebook,
+        rescaled=settings.rescale,
+    )  # fmt: skip
+    assert spent <= 2.6 < one_more.per_weight
 
 
 def test_bad_input(model, calibration, tmp_path):
