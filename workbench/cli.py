@@ -8,6 +8,8 @@ Precedence, lowest first: dataclass defaults, the script's EXPERIMENT, `--config
     --print-config       print the resolved settings as YAML and end
     --sweep              run the script's list of experiments (where it has one)
 
+A flag of a block, `--data.devset`, may be given by its last name where no other flag has it.
+
 Exit status: 0 done, 2 something the user can mend, 3 a gate was not met, 130/143 interrupted.
 """
 
@@ -23,7 +25,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -189,6 +191,40 @@ def _from_text(owner: Any, name: str, text: str) -> Any:
     return readings[0]
 
 
+def in_full(settings: type, words: Sequence[str]) -> list[str]:
+    """The words with `--lr` written as `--optim.lr` where one block alone has a field `lr` and the
+    settings themselves have none."""
+    flags: dict[str, list[str]] = {}
+    for path in _flags(settings):
+        flags.setdefault(path[-1], []).append(".".join(path))
+    found = []
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        negated = name.startswith("no_") and name not in flags
+        paths = flags.get(name.removeprefix("no_") if negated else name, [])
+        if word.startswith("--") and len(paths) == 1 and "." in paths[0]:
+            block, _, leaf = paths[0].rpartition(".")
+            word = f"--{block}.{'no_' if negated else ''}{leaf}{equals}{value}"
+        found.append(word)
+    return found
+
+
+def _flags(settings: type, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every flag; fields of a block that has no name of its own stand beside it."""
+    hints = typing.get_type_hints(settings, include_extras=True)
+    for field in dataclasses.fields(settings):
+        hint, own = hints[field.name], (*prefix, field.name)
+        if typing.get_origin(hint) is Annotated:
+            hint, *notes = typing.get_args(hint)
+            if any(getattr(note, "name", None) == "" for note in notes):
+                own = prefix
+        if dataclasses.is_dataclass(hint):
+            yield from _flags(typing.cast(type, hint), own)
+        else:
+            yield own
+
+
 def _scalar(text: str) -> Any:
     """A number, a truth value, None or the text itself."""
     if text in ("None", "none"):
@@ -313,7 +349,11 @@ def parse(
         experiment = apply_settings(experiment, read_yaml(file), f"--config {file}")
     experiment = apply_assignments(experiment, options.set)
     parsed = tyro.cli(
-        type(experiment), args=rest, default=experiment, prog=program, description=text or None
+        type(experiment),
+        args=in_full(type(experiment), rest),
+        default=experiment,
+        prog=program,
+        description=text or None,
     )
     return parsed, options
 

@@ -7,9 +7,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+import tyro
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -147,6 +148,58 @@ def test_set_names_its_mistakes_and_ends_with_2(monkeypatch, capsys, word, messa
     assert text.startswith("error: ")
     assert text.count("\n") == 1
     assert len(text) <= 1100
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A block with a block and two names that others have as well."""
+
+    optim: Optim = Optim()
+    """Optimiser."""
+    steps: int = 1
+    """Steps."""
+    quick: bool = True
+    """Quick."""
+    twice: int = 0
+    """Twice."""
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another block."""
+
+    twice: int = 0
+    """Twice."""
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Blocks with and without a name."""
+
+    steps: int = 10
+    """Steps."""
+    inner: Inner = Inner()
+    """Named."""
+    flat: Annotated[Other, tyro.conf.arg(name="")] = Other()
+    """Without a name."""
+    third: Other = Other()
+    """Named."""
+
+
+def test_the_last_name_of_a_flag_suffices_where_no_other_has_it(capsys):
+    def parsed(*words):
+        return front.parse(Nested(), list(words))[0]
+
+    assert parsed("--lr", "0.5").inner.optim.lr == 0.5
+    assert parsed("--lr=0.5") == parsed("--inner.optim.lr", "0.5")
+    assert parsed("--no-quick") == parsed("--inner.no-quick") == parsed("--no_quick")
+    assert parsed("--no-quick").inner.quick is False
+    assert parsed("--steps", "3") == Nested(steps=3)  # a name of its own comes first
+    assert parsed("--twice", "3") == Nested(flat=Other(3))
+    only = front.in_full(Nested, ["--twice", "--quick", "x", "--", "quick", "--unknown"])
+    assert only == ["--twice", "--inner.quick", "x", "--", "quick", "--unknown"]
+    with pytest.raises(SystemExit):
+        parsed("--lrr", "0.5")
 
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), max_size=10)
