@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lplr_q.linalg.ldl import cholesky, require_finite
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,16 @@ def gptq(
     With U the upper Cholesky factor of H^-1:  W_:,j+1: -= (w_j - q_j) / U_jj  U_j,j+1:. The grid
     of a group is fixed from the updated weights when its first column is reached; ``grid_of(block,
     first_column)`` replaces that rule. ``hessian`` must be regularised.
+
+    Raises:
+        ConfigError: bits or group out of range.
+        DataError: non-finite numbers; a Hessian of another width, or not positive definite.
     """
     _check(weight, bits, group)
     m, n = weight.shape
+    if hessian.shape != (n, n):
+        raise DataError(f"Hessian of shape {tuple(hessian.shape)} for a weight with {n} inputs")
+    require_finite("Hessian", hessian)
     inverse = torch.cholesky_inverse(cholesky(hessian))
     upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
     work = weight.clone()
