@@ -17,6 +17,7 @@ import datetime
 import errno
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -64,6 +66,7 @@ __all__ = ["Run", "RunOptions", "finite_or_null", "settings_key", "settings_of",
 
 Item = TypeVar("Item")
 LOG_BUFFER = 64
+_OPEN: ContextVar[int] = ContextVar("runs within one another", default=0)
 REPORT_ROWS = 120  # of a table in report.md; the CSV has all
 SPARE_BYTES = 32 * 2**20  # demanded free before work begins
 
@@ -128,7 +131,20 @@ class Run:
             if _is_disk_full(error):
                 raise CheckpointError(self._disk_message(error)) from None
             raise
+        self._exit.callback(_OPEN.reset, _OPEN.set(_OPEN.get() + 1))
+        if self.finished and self._outermost:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(f"finished before: {self._report} (--fresh computes again)\n")
         return self
+
+    @property
+    def _report(self) -> Path:
+        return self.directory / "report.md"
+
+    @property
+    def _outermost(self) -> bool:
+        """No run of a run, nor one of a sweep's workers: its user reads the console."""
+        return _OPEN.get() == 1 and multiprocessing.parent_process() is None
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
@@ -643,10 +659,13 @@ class Run:
                 parts.append(f"{len(rows) - REPORT_ROWS} more rows: tables/{table['name']}.csv\n")
         for drawn in self._figures:
             parts.append(f"![{drawn['alt']}](figures/{drawn['name']}.png)\n\n{drawn['caption']}\n")
-        storage.write_text(self.directory / "report.md", "\n".join(parts))
+        storage.write_text(self._report, "\n".join(parts))
         storage.write_json(self.directory / "results.json", self._record)
         self.results = self._record["values"]
         self.finished = True
+        if self._outermost:
+            with contextlib.suppress(OSError):
+                self.note(f"report: {self._report}")
         return self.results
 
 

@@ -102,6 +102,19 @@ def test_a_long_table_is_cut_in_the_report_and_whole_in_the_file(tmp_path):
     assert len(read_csv(run.directory / "tables" / "long.csv")) == REPORT_ROWS + 3
 
 
+def test_the_console_is_told_where_the_report_is_but_not_by_runs_within_a_run(tmp_path, capsys):
+    for _ in range(2):
+        with Run.open("p.outer", at(tmp_path)) as run:
+            with Run.open("p.inner", at(tmp_path)) as inner:
+                if not inner.finished:
+                    inner.finish({"x": 1})
+            if not run.finished:
+                run.finish({"x": 1})
+    told = [line for line in capsys.readouterr().err.splitlines() if "report.md" in line]
+    report = run.directory / "report.md"
+    assert told == [f"report: {report}", f"finished before: {report} (--fresh computes again)"]
+
+
 def test_fresh_puts_the_old_run_aside(tmp_path):
     with Run.open("p.s", at(tmp_path)) as run:
         run.finish({"x": 1})
