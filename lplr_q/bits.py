@@ -1,7 +1,7 @@
 """Bits per weight, counted in full: codes, scales, signs, padding to bytes.
 [lplr_q README, "Bits"]
 
-    bits(W) = m n B_Q + (r - r_t) (m + n) B_LR + 16 r_t (m + n)     codes, trained components
+    bits(W) = m n B_Q + (r - r_t) (m B_L + n B_R) + 16 r_t (m + n)  codes, trained components
               + 32 (or 16 per group) + 2 * 16 (r - r_t) + 16 n      scales: Q, L and R, inputs
               + m + n                                               signs (16 each when trained)
 
@@ -18,6 +18,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from lplr_q.codebooks.base import Codebook, make_codebook
+from workbench.errors import ConfigError
+
+FactorBits = int | tuple[int, int]
+"""Bits per entry of both factors, or of L and of R."""
+
+
+def factor_pair(bits: FactorBits) -> tuple[int, int]:
+    """(bits of L, bits of R).
+
+    >>> factor_pair(4), factor_pair((3, 16))
+    ((4, 4), (3, 16))
+
+    Raises:
+        ConfigError: neither one number nor two.
+    """
+    pair = (bits, bits) if isinstance(bits, int) else tuple(bits)
+    if len(pair) != 2 or not all(isinstance(b, int) for b in pair):
+        raise ConfigError(f"factor_bits={bits}: give one number, or two: of L and of R")
+    return pair
+
+
+def joined_pair(left: int, right: int) -> FactorBits:
+    """One number where both are equal: the inverse of :func:`factor_pair`."""
+    return left if left == right else (left, right)
 
 
 @dataclass(frozen=True)
@@ -64,7 +88,7 @@ def layer_bits(
     codebook: str = "e8p",
     q_bits: int = 2,
     rank: int = 0,
-    factor_bits: int = 4,
+    factor_bits: FactorBits = 4,
     rotated: bool = True,
     factor_codebook: str = "lloyd-max",
     ft_rank: int = 0,
@@ -80,7 +104,7 @@ def layer_bits(
         codebook: of Q; ``q_bits`` = 0 leaves Q out.
         q_bits: bits per entry of Q.
         rank: components of L R, those in 16 bits included.
-        factor_bits: bits per entry of the coded components.
+        factor_bits: bits per entry of the coded components, one number or (of L, of R).
         rotated: signs of both sides are stored.
         factor_codebook: of L and R; scalar ones have a scale per component, others one per factor.
         ft_rank: components kept in 16 bits for training.
@@ -94,12 +118,13 @@ def layer_bits(
     scales = 0
     if q_bits:
         scales += 32 if group is None else 16 * m * math.ceil(n / group)
-    if coded and factor_bits == 16:
-        factors += 16 * coded * (m + n)
-    elif coded:
-        book = make_codebook(factor_codebook, factor_bits)
-        factors += coded_bits(coded, m, book) + coded_bits(coded, n, book)
-        scales += 2 * 16 * (coded if book.dim == 1 else 1)
+    for length, bits in zip((m, n), factor_pair(factor_bits), strict=True):
+        if coded and bits == 16:
+            factors += 16 * coded * length
+        elif coded:
+            book = make_codebook(factor_codebook, bits)
+            factors += coded_bits(coded, length, book)
+            scales += 16 * (coded if book.dim == 1 else 1)
     if rescaled:
         scales += 16 * n
     signs = 0

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METHOD = "lplr_q"
-VERSION = 2
-"""Of the format; 2 added trained parts, rescaling and trellises. Older ones are read."""
+VERSION = 3
+"""Of the format; 2 added trained parts, rescaling and trellises, 3 a width for each factor. Older
+ones are read."""
 
 SHARD_SIZE = "5GB"
 

@@ -130,9 +130,9 @@ def _without(
     if count == form.coded_rank:
         return dict.fromkeys(own)
     codes, tail = layer.codes(name)
-    if form.factor_bits == 16:
+    if form.side_bits(name) == 16:
         return {f"{name}_codes": codes[0][count:].clone()}
-    book = make_codebook(form.factor_codebook, form.factor_bits)
+    book = make_codebook(form.factor_codebook, form.side_bits(name))
     if count % rows_of(book):
         raise ConfigError(
             f"ft_rank={count}: {book.name} codes {rows_of(book)} components together; "

@@ -48,7 +48,8 @@ class Form:
     codebook: str = "e8p"
     q_bits: int = 2
     rank: int = 0
-    factor_bits: int = 4
+    l_bits: int = 4
+    r_bits: int = 4
     rotated: bool = True
     factor_codebook: str = "lloyd-max"
     rescaled: bool = False
@@ -80,7 +81,7 @@ class Form:
             layout["q_scale"] = ((1,), torch.int32)
         if self.coded_rank:
             for name, length in (("l", m), ("r", n)):
-                layout |= self._factor_layout(name, length)
+                layout |= self._factor_layout(name, length, self.side_bits(name))
         if self.rotated:
             for name, length in (("signs_out", m), ("signs_in", n)):
                 packed = ((packed_size(length, 1),), torch.uint8)
@@ -89,11 +90,15 @@ class Form:
             layout["rescale"] = ((n,), torch.int16)
         return layout
 
-    def _factor_layout(self, name: str, length: int) -> Layout:
+    def side_bits(self, name: str) -> int:
+        """Bits per entry of L (``l``) or R (``r``)."""
+        return self.l_bits if name == "l" else self.r_bits
+
+    def _factor_layout(self, name: str, length: int, bits: int) -> Layout:
         rank = self.coded_rank
-        if self.factor_bits == 16:
+        if bits == 16:
             return {f"{name}_codes": ((rank, length), torch.int16)}
-        book = make_codebook(self.factor_codebook, self.factor_bits)
+        book = make_codebook(self.factor_codebook, bits)
         layout = code_layout(name, rank, length, book)
         layout[f"{name}_scales"] = ((rank if book.dim == 1 else 1,), torch.int16)
         return layout

@@ -22,7 +22,7 @@ from lplr_q.activation_aware.layer_state import (
     pack_decomposition,
     trained_value,
 )
-from lplr_q.bits import LayerBits
+from lplr_q.bits import FactorBits, LayerBits, factor_pair
 from lplr_q.kernels.product import coded_factor, matrix, product, theta
 from lplr_q.linalg.hadamard import unrotate_rows
 from lplr_q.pack import pack_signs, unpack_signs
@@ -55,7 +55,7 @@ class LPLRQuantizedLinear(nn.Module):
         codebook: str = "e8p",
         q_bits: int = 2,
         rank: int = 0,
-        factor_bits: int = 4,
+        factor_bits: FactorBits = 4,
         rotated: bool = True,
         bias: bool = False,
         dtype: torch.dtype | None = None,
@@ -66,13 +66,15 @@ class LPLRQuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
+        l_bits, r_bits = factor_pair(factor_bits)
         self.form = Form(
             in_features=in_features,
             out_features=out_features,
             codebook=codebook,
             q_bits=q_bits,
             rank=rank,
-            factor_bits=factor_bits,
+            l_bits=l_bits,
+            r_bits=r_bits,
             rotated=rotated,
             factor_codebook=factor_codebook,
             rescaled=rescaled,
@@ -106,14 +108,14 @@ class LPLRQuantizedLinear(nn.Module):
         """Pack the codes of a decomposition; the first ``ft_rank`` components become
         parameters."""
         m, n = result.shape
-        left = result.left
+        left, right = result.left, result.right
         layer = cls(
             n,
             m,
             codebook=result.codebook,
             q_bits=result.q_bits if result.q_codes else 0,
             rank=result.rank,
-            factor_bits=left.bits if left is not None else 16,
+            factor_bits=16 if left is None or right is None else (left.bits, right.bits),
             rotated=result.signs_in is not None,
             bias=bias is not None,
             dtype=None if bias is None else bias.dtype,
@@ -140,12 +142,15 @@ class LPLRQuantizedLinear(nn.Module):
         cls, settings: dict[str, Any], dtype: torch.dtype | None = None
     ) -> LPLRQuantizedLinear:
         """An empty layer from :meth:`settings`; refuses a rotation this version would build
-        otherwise."""
+        otherwise. Until format version 2 both factors had ``factor_bits``."""
         expected = {k: v for k, v in settings.items() if not k.startswith("rotation_")}
+        if "factor_bits" in expected and not {"l_bits", "r_bits"} & set(expected):
+            expected["l_bits"] = expected["r_bits"] = expected.pop("factor_bits")
         unknown = set(expected) - set(Form.__dataclass_fields__) - {"bias"}
         if unknown:
             raise DataError(f"unknown settings of a compressed layer: {', '.join(sorted(unknown))}")
-        layer = cls(**expected, dtype=dtype)
+        both = expected.pop("l_bits", 4), expected.pop("r_bits", 4)
+        layer = cls(**expected, factor_bits=both, dtype=dtype)
         own = layer.settings()
         for key, value in settings.items():
             if key.startswith("rotation_") and own[key] != value:
@@ -209,7 +214,7 @@ class LPLRQuantizedLinear(nn.Module):
             tail,
             scales,
             form.factor_codebook,
-            form.factor_bits,
+            form.side_bits(name),
             form.coded_rank,
             length,
         )

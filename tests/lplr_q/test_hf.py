@@ -366,7 +366,8 @@ def test_a_model_is_not_compressed_twice(saved, tmp_path):
 
 
 def test_an_older_configuration_is_read(saved, tmp_path):
-    """Version 1 knew no trained parts, rescaling or factor codebooks."""
+    """Version 1 knew no trained parts, rescaling or factor codebooks, version 2 one width for both
+    factors."""
     import shutil
 
     _, compressed, folder, _ = saved
@@ -374,6 +375,13 @@ def test_an_older_configuration_is_read(saved, tmp_path):
     shutil.copytree(folder, older)
     config = json.loads((older / "config.json").read_text(encoding="utf-8"))
     own = config["quantization_config"]
+    assert own["version"] == 3
+    own["version"] = 2
+    for settings in own["modules"].values():
+        settings["factor_bits"] = settings.pop("l_bits")
+        assert settings.pop("r_bits") == settings["factor_bits"] == 4
+    (older / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert torch.equal(logits(load_model(older)[0]), logits(compressed))
     own["version"] = 1
     del own["experts"]
     for settings in own["modules"].values():

@@ -106,6 +106,14 @@ def test_every_option_by_hand():
     lattice = layer_bits(10, 20, rank=3, factor_codebook="e8p")
     assert lattice.factors == 3 * (2 * 32 + 4 * 4) + 3 * (32 + 2 * 4)
     assert lattice.scales == 32 + 2 * 16
+    # L and R of different widths, one of them without scales
+    apart = layer_bits(10, 20, rank=3, factor_bits=(3, 5))
+    assert (apart.factors, apart.scales) == (96 + 3 * 20 * 5 + 4, plain.scales)  # 90, 300 in bytes
+    apart = layer_bits(10, 20, rank=3, factor_bits=(16, 5), ft_rank=1)
+    assert apart.factors == 2 * 10 * 16 + 2 * 20 * 5 + 16 * 30
+    assert apart.scales == 32 + 16 * 2
+    with pytest.raises(ConfigError, match=r"factor_bits=\(1, 2, 3\): give one number, or two"):
+        layer_bits(10, 20, rank=3, factor_bits=(1, 2, 3))
     # a trellis of 3 bits: five blocks of four symbols per row, packed as one run
     assert layer_bits(7, 21, codebook="tcq", q_bits=3).q_codes == 7 * 60 + 4 + 7 * 3 + 3
 
@@ -118,7 +126,7 @@ def test_every_option_by_hand():
     q_bits=st.sampled_from([0, 2, 3]),
     rank=st.integers(1, 6),
     ft_rank=st.integers(0, 6),
-    factor_bits=st.sampled_from([3, 4, 16]),
+    factor_bits=st.sampled_from([3, 4, 16, (2, 4), (4, 3), (16, 3), (2, 16)]),
     factor_codebook=st.sampled_from(["lloyd-max", "e8p"]),
     rotated=st.booleans(),
     rescaled=st.booleans(),
@@ -131,7 +139,7 @@ def test_counted_bits_are_the_bits_a_layer_stores(m, n, rank, ft_rank, **form):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 60), st.floats(0.5, 9), st.sampled_from([3, 4, 16]))
+@given(st.integers(1, 60), st.integers(1, 60), st.floats(0.5, 9), st.sampled_from([3, 16, (2, 16)]))
 def test_bisection_finds_what_trying_every_rank_finds(m, n, budget, factor_bits):
     tried = [
         rank
