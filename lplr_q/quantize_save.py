@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lplr_q.quantize_model import CompressionSettings
 
 BASELINES = ("rtn", "gptq")
+LEAST_RANK = 0.01
+"""Of the inputs; the gain of L R goes with (1 - r / 2n)^2."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,9 @@ class Experiment:
     """Processes."""
     keep: bool = False
     """Keep the Hessians that were collected here."""
-    seed: int = 42
+    rht: Literal["fallback", "strict"] = "fallback"
+    """Widths without a Hadamard matrix: take the Hartley transform, or refuse the model."""
+    seed: Annotated[int, tyro.conf.arg(aliases=("--random-seed",))] = 42
     """Seed of the signs."""
     run: RunField = RunOptions()
 
@@ -169,6 +173,8 @@ def _quantize(run: Run, e: Experiment) -> dict[str, Any]:
     if left:
         run.note(f"{len(left)} modules of fused experts stay in 16 bit, e.g. {left[0]}")
     names = chosen_names(model, e)
+    if e.rht == "strict" and e.params.rotated:
+        require_hadamard_widths(model, names)
     if e.inputs == "compressed":
         records = _in_turns(run, e, model, tokenizer, settings, allocation, work, names)
     else:
@@ -202,6 +208,20 @@ def chosen_names(model: Any, e: Experiment) -> list[str]:
     if not names:
         raise ConfigError(f"no linear layer of these blocks matches include={e.include!r}")
     return names
+
+
+def require_hadamard_widths(model: Any, names: list[str]) -> None:
+    """Raise ConfigError naming the first layer that a Hadamard matrix of its width is missing for,
+    on either side."""
+    from lplr_q.activation_aware.discovery import linear_shape
+    from lplr_q.linalg.hadamard import require_hadamard
+
+    for name in names:
+        for width in linear_shape(model.get_submodule(name)):
+            try:
+                require_hadamard(width)
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from None
 
 
 def _at_once(
@@ -344,6 +364,7 @@ def _report(
             "inputs": r["settings"]["in_features"],
             "q_bits": r["settings"].get("q_bits", r["settings"].get("bits")),
             "rank": r["settings"].get("rank", 0),
+            "rank_over_inputs": r["settings"].get("rank", 0) / r["settings"]["in_features"],
             "true_bits": r["bits_per_weight"],
             "error": r["error"],
             "frobenius": r["frobenius"],
@@ -351,6 +372,12 @@ def _report(
         }
         for name, r in records.items()
     ]
+    low = [row for row in rows if 0 < row["rank_over_inputs"] < LEAST_RANK]
+    if low:
+        run.note(
+            f"{len(low)} layers have a rank below {LEAST_RANK:.0%} of their inputs, e.g. "
+            f"{low[0]['layer']} with {low[0]['rank']} of {low[0]['inputs']}: L R gains little there"
+        )
     run.table("layers", rows, caption="Every compressed layer; the error is weighted by H.")
     worst = max(rows, key=lambda r: r["error"])
     mean = sum(r["error"] for r in rows) / len(rows)

@@ -2,7 +2,7 @@
 [CALDERA §5]
 
     python -m lplr_q.save_hessians --base-model micro-mistral
-    python -m lplr_q.save_hessians --base-model FOLDER --data.devset wikitext \\
+    python -m lplr_q.save_hessians --base-model FOLDER --devset wikitext \\
         --hessian-save-path hessians/mine
     torchrun --nproc-per-node 4 -m lplr_q.save_hessians --base-model FOLDER --device cuda
 
@@ -13,13 +13,15 @@ model needs HF_TOKEN or the file hf_access_token.txt; the token is never printed
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lplr_q.activation_aware.dataclasses import DataParameters, ModelParameters
 from workbench.cli import RunField, RunOptions, cli
-from workbench.errors import ConfigError
+from workbench.errors import ConfigError, require_least
 from workbench.run import Run
 
 
@@ -41,12 +43,32 @@ class Experiment:
     """Regular expression: those to leave out."""
     resume: bool = True
     """Continue what the folder holds; False refuses a folder with Hessians in it."""
+    devices: tuple[str, ...] = ()
+    """The device, in place of --device; several share the text under torchrun, one process each."""
+    token: str | None = None
+    """Access token of the hub. HF_TOKEN or hf_access_token.txt are better: others can see flags."""
+    chunk_size: int = 256
+    """Of the published code, without effect: sums take a few rows at a time anyway."""
+    n_sample_proc: int = 4
+    """Of the published code, without effect: texts are cut by this process."""
     seed: int = 0
     """Seed of all named streams."""
     run: RunField = RunOptions()
 
     def __post_init__(self) -> None:
-        """Settings that cannot work."""
+        """Settings that cannot work; the token goes to where the hub's client looks for it."""
+        if self.token is not None:  # not into files of settings, nor onto the screen
+            os.environ["HF_TOKEN"] = self.token
+            object.__setattr__(self, "token", None)
+        require_least(self, 1, "chunk_size", "n_sample_proc")
+        if len(self.devices) > 1:
+            raise ConfigError(
+                f"{len(self.devices)} devices: torchrun --nproc-per-node {len(self.devices)} -m "
+                "lplr_q.save_hessians --device cuda gives each process one"
+            )
+        if self.devices:
+            own = dataclasses.replace(self.run, device=self.devices[0])
+            object.__setattr__(self, "run", own)
         if not self.resume and self.hessian_save_path is not None:
             found = self.hessian_save_path / "fingerprint.json"
             if found.exists():

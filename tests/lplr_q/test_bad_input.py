@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lplr_q import eval_zeroshot, native, run
+from lplr_q import eval_zeroshot, native, quantize_save, run
 from lplr_q.activation_aware.dataclasses import LPLRParams
 from lplr_q.activation_aware.decompose import decompose, fitting_rank, prepare_hessian
 from lplr_q.activation_aware.hessian import collect_hessians, load_hessians, save_hessians
@@ -169,6 +169,16 @@ def test_widths_without_a_hadamard_matrix_when_asked_strictly():
     with pytest.raises(ConfigError, match="no Hadamard matrix of order 13"):
         prepare_hessian(torch.eye(13), 13, generator=generator(), strict=True)
     prepare_hessian(torch.eye(13), 13, generator=generator())  # the Hartley transform
+
+
+def test_the_strict_flag_names_the_layer_before_any_work(tmp_path):
+    strict = replace(
+        quantize_save.EXPERIMENT, base_model="tiny:mistral", rht="strict",
+        run=RunOptions(root=tmp_path, name="strict", threads=1, device="cpu"),
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.gate_proj: no Hadamard .* order 172"):
+        quantize_save.main(strict)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 # ---------------------------------------------------------------- folders

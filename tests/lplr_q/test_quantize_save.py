@@ -7,7 +7,7 @@ import torch
 from lplr_q.activation_aware.dataclasses import DataParameters
 from lplr_q.activation_aware.quantized_layer import quantised_layers
 from lplr_q.quantize_save import EXPERIMENT, PARAMETERS, main, settings_of
-from workbench.cli import RunOptions
+from workbench.cli import RunOptions, parse
 from workbench.errors import ConfigError, DataError
 from workbench.models import load_model
 from workbench.storage import read_json
@@ -125,6 +125,51 @@ def test_in_turns_with_error_propagation(tmp_path):
     assert results["layers"] == 6
     model, _ = load_model(tmp_path / "lplr_q" / "tiny" / "model")
     assert bool(torch.isfinite(logits(model)).all())
+
+
+def test_the_published_flags_are_understood():
+    words = (
+        "--method lplr-ldlq --base_model tiny:llama --hessian_save_path h --model_save_path m "
+        "--devices cpu --ft_rank 8 --start_layer 1 --stop_layer 2 --random_seed 7 --Q_bits 2 "
+        "--L_bits 4 --R_bits 4 --rank 128 --iters 20 --lplr_iters 50 --activation_aware_Q "
+        "--activation_aware_LR --no-lattice_quant_Q --lattice_quant_LR --hadamard_transform "
+        "--no-full_quip_sharp --update_order Q LR --rand_svd --Q_hessian_downdate "
+        "--lattice_quant_block_size 32000 --q_hessian downdate --init odlri --codebook tcq "
+        "--target_bpw 2.4 --allocation a.json --sigma_reg 1e-3 --sigma_reg2 1e-2 "
+        "--scale_override 0.9 --resid_scale_override -1 --quip_tune_iters 3 --use_fp64 "
+        "--lowmem_ldlq --incoh_mode had --rescale_WH --lora_rank 0 --full_svd --rht strict"
+    )
+    e, _ = parse(EXPERIMENT, words.split())
+    params = e.params
+    assert (e.base_model, e.devices, e.seed, e.rht) == ("tiny:llama", ("cpu",), 7, "strict")
+    assert (str(e.hessian_save_path), str(e.model_save_path)) == ("h", "m")
+    assert (e.start_layer, e.stop_layer, str(e.allocation)) == (1, 2, "a.json")
+    assert (params.method, params.Q_bits, params.L_bits, params.R_bits) == ("lplr-ldlq", 2, 4, 4)
+    assert (params.rank, params.ft_rank, params.iters, params.lplr_iters) == (128, 8, 20, 50)
+    assert (params.codebook, params.lr_codebook, params.init) == ("tcq", "e8p", "odlri")
+    assert (params.update_order, params.target_bpw) == (("Q", "LR"), 2.4)
+    assert params.Q_hessian_downdate
+    assert params.hadamard_transform
+    quip = params.quip_args
+    assert (quip.sigma_reg, quip.scale_override, quip.quip_tune_iters) == (1e-3, 0.9, 3)
+    assert quip.rescale_WH
+    assert quip.full_svd
+
+
+def test_a_rank_below_a_hundredth_of_the_inputs_is_noted(finished, tmp_path):
+    e = replace(
+        TINY,
+        include=r"layers\.0\.mlp",  # 64, 64 and 172 inputs
+        params=replace(TINY.params, rank=1),
+        run=options(tmp_path),
+    )
+    main(e)
+    log = (tmp_path / "lplr_q" / "tiny" / "log.txt").read_text(encoding="utf-8")
+    assert "1 layers have a rank below 1% of their inputs, e.g. model.layers.0.mlp.down_proj" in log
+    assert "with 1 of 172" in log
+    assert "below 1%" not in (finished[1] / "log.txt").read_text(encoding="utf-8")
+    rows = read_csv(finished[1] / "tables" / "layers.csv")
+    assert {float(row["rank_over_inputs"]) for row in rows} == {4 / 64, 4 / 172}
 
 
 def test_flags_become_settings():

@@ -7,7 +7,7 @@ from lplr_q.activation_aware.hessian import load_hessians
 from lplr_q.calibration import calibration_blocks, use_token
 from lplr_q.save_hessians import EXPERIMENT, main
 from tests.lplr_q.test_distributed import run_two
-from workbench.cli import RunOptions
+from workbench.cli import RunOptions, parse
 from workbench.errors import ConfigError
 from workbench.storage import read_json
 from workbench.tables import read_csv
@@ -83,6 +83,34 @@ def test_the_token_is_taken_from_the_file_and_never_shown(tmp_path, monkeypatch,
     assert "hf_secret" not in printed.out + printed.err
     for path in (tmp_path / "runs").rglob("*"):
         assert not path.is_file() or b"hf_secret" not in path.read_bytes()
+
+
+def test_a_token_given_as_a_flag_is_in_no_setting(monkeypatch):
+    import os
+
+    monkeypatch.setenv("HF_TOKEN", "")
+    e, _ = parse(EXPERIMENT, ["--token", "hf_secret"])
+    assert e == EXPERIMENT
+    assert "hf_secret" not in repr(e)
+    assert os.environ["HF_TOKEN"] == "hf_secret"
+
+
+def test_the_published_flags_are_understood():
+    words = (
+        "--base_model tiny:llama --hessian_save_path h --devset wikitext --devset_size 256 "
+        "--context_length 4096 --batch_size 2 --chunk_size 128 --devices cpu --n_sample_proc 2 "
+        "--dtype float32 --seed 3"
+    )
+    e, _ = parse(EXPERIMENT, words.split())
+    assert e.base_model == "tiny:llama"
+    assert e.data == replace(
+        EXPERIMENT.data, devset="wikitext", devset_size=256, context_length=4096, batch_size=2
+    )
+    assert (e.run.device, e.run.dtype, e.seed) == ("cpu", "float32", 3)
+    with pytest.raises(ConfigError, match="2 devices: torchrun --nproc-per-node 2"):
+        replace(EXPERIMENT, devices=("cuda:0", "cuda:1"))
+    with pytest.raises(ConfigError, match="chunk_size=0"):
+        replace(EXPERIMENT, chunk_size=0)
 
 
 @pytest.mark.slow
