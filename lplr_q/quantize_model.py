@@ -88,13 +88,14 @@ def prepare_sublayer(
     key = calibration.key_of.get(name)
     if key is None:
         raise DataError(f"no Hessian for {name}; collect Hessians with this layer included")
-    moment = calibration.moments[key]
     try:
         return prepare_hessian(
-            moment.matrix().to(device),
+            calibration.moments[key].matrix().to(device),
             n,
             generator=generator_of(f"signs/in/{key}") if settings.rht else None,
             sigma=settings.sigma_reg,
+            compact=True,
+            overwrite=True,
         )
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
@@ -249,17 +250,17 @@ def compress_one(
     shared: dict[str, Any],
 ) -> dict[str, Any]:
     """The unit of one sublayer by any method; ``shared`` keeps what its group has in common."""
-    moment = calibration.of(name)
+    count, width = calibration.extent(name)
     m, n = weight.shape
-    if len(moment.mean) != n:
+    if width != n:
         raise DataError(
-            f"{name}: {m}x{n} weight with a Hessian of width {len(moment.mean)}; they belong to "
+            f"{name}: {m}x{n} weight with a Hessian of width {width}; they belong to "
             "different models"
         )
     device = weight.device
     if settings.method in ("rtn", "gptq"):
         if "hessian" not in shared:
-            matrix = moment.matrix().to(device)
+            matrix = calibration.of(name).matrix().to(device)
             shared["hessian"] = regularise(matrix, sigma=settings.sigma_reg, name=name)
         return round_sublayer(weight, shared["hessian"], settings)
     generator_of = Streams(settings.seed).torch
@@ -268,7 +269,7 @@ def compress_one(
             calibration, name, n, settings, generator_of, device=device
         )
     result = compress_sublayer(weight, shared["prepared"], name, settings, generator_of)
-    return {**result_tree(result, settings.ft_rank), "inputs_seen": moment.count}
+    return {**result_tree(result, settings.ft_rank), "inputs_seen": count}
 
 
 def peak_bytes(device: str = "cpu") -> int:

@@ -46,7 +46,7 @@ def odlri_start(
     optimum for this L on the outlier channels themselves.
     """
     rows = outlier_channels(prepared, rank)
-    hessian = rows.double() @ prepared.matrix @ rows.double().T
+    hessian = rows.double() @ prepared.matrix.double() @ rows.double().T
     whitening = cholesky_whitening(cholesky((hessian + hessian.T) / 2))
     left, _, _ = rank_constrained_regression(target @ rows.T, whitening, rank)
     return left, fit_right(target, left)

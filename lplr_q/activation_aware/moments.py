@@ -44,7 +44,7 @@ class SecondMoment:
     def matrix(self) -> Float[Tensor, "n n"]:
         """H = Hc + mu mu^T in float64."""
         mean = self.mean.double()
-        return self.centred.double() + mean[:, None] * mean[None, :]
+        return self.centred.to(torch.float64, copy=True).addr_(mean, mean)
 
     def to_tree(self) -> dict[str, Any]:
         """For storage: the lower triangle of Hc row by row, mu, and the count."""
@@ -67,10 +67,10 @@ class SecondMoment:
             raise DataError(
                 f"{name}: {tree['flat'].numel()} entries, {n * (n + 1) // 2} expected for width {n}"
             )
-        rows, columns = torch.tril_indices(n, n)
-        centred = torch.zeros(n, n)
-        centred[rows, columns] = tree["flat"].float()
-        centred[columns, rows] = tree["flat"].float()
+        centred, first = torch.empty(n, n), 0
+        for i in range(n):
+            centred[i, : i + 1] = centred[: i + 1, i] = tree["flat"][first : first + i + 1]
+            first += i + 1
         return cls(tree["mean"].float(), centred, int(tree["count"]))
 
 
@@ -194,6 +194,19 @@ class Calibration:
         if name not in self.key_of:
             raise DataError(f"no Hessian for {name}; collect Hessians with this layer included")
         return self.moments[self.key_of[name]]
+
+    def extent(self, name: str) -> tuple[int, int]:
+        """(tokens, width) of what :meth:`of` returns, from the record where there is one.
+
+        Raises:
+            DataError: it was not calibrated.
+        """
+        if isinstance(self.moments, StoredMoments) and name in self.key_of:
+            entry = self.moments.entries[self.key_of[name]]
+            if {"count", "width"} <= set(entry):
+                return int(entry["count"]), int(entry["width"])
+        moment = self.of(name)
+        return moment.count, len(moment.mean)
 
     def digest(self) -> str:
         """SHA-256 of everything in it."""

@@ -12,19 +12,27 @@ import torch
 from jaxtyping import Float, Int8, Int16
 from torch import Tensor
 
-from lplr_q.linalg.hadamard import random_signs, rotate_hessian, unrotate_rows
-from lplr_q.linalg.ldl import block_ldl, cholesky, regularise
+from lplr_q.linalg.hadamard import (
+    random_signs,
+    require_hadamard,
+    rotate_hessian_,
+    unrotate_rows,
+)
+from lplr_q.linalg.ldl import cholesky, cholesky_, regularise, symmetrise_, unit_lower
 from lplr_q.linalg.regression import Whitening, cholesky_whitening
 from workbench.errors import DataError
 
 
 @dataclass(frozen=True)
 class PreparedHessian:
-    """Regularised and (with ``signs_in``) rotated H, its factor, and what was derived from them."""
+    """Regularised and (with ``signs_in``) rotated H, its factor, and what was derived from them.
+
+    H and C are float64, or float32 when they were made ``compact``.
+    """
 
     matrix: Float[Tensor, "n n"]
     lower: dict[int, Tensor]
-    """M of the block LDL factorisation by block width."""
+    """M of the block LDL factorisation by block width; the last one asked for."""
     factor: Float[Tensor, "n n"]
     """Cholesky factor C, H = C C^T."""
     signs_in: Int8[Tensor, " n"] | None
@@ -45,9 +53,13 @@ class PreparedHessian:
         return cholesky_whitening(self.cache["whitening"])
 
     def lower_for(self, block: int) -> Float[Tensor, "n n"]:
-        """M for blocks of this width, float32."""
+        """M for blocks of this width, float32.
+
+        Made from C in a moment, so that of several widths only the last one stays in memory.
+        """
         if block not in self.lower:
-            self.lower[block] = block_ldl(self.matrix, block).lower.float()
+            self.lower.clear()
+            self.lower[block] = unit_lower(self.factor, block)
         return self.lower[block]
 
 
@@ -59,26 +71,39 @@ def prepare_hessian(
     sigma: float = 1e-2,
     regularised: bool = False,
     strict: bool = False,
+    compact: bool = False,
+    overwrite: bool = False,
 ) -> PreparedHessian:
     """Regularise, rotate (when a generator for the signs is given) and factor H; None means H = I.
 
-    ``strict`` refuses widths without a Hadamard matrix instead of taking the fallback.
+    ``strict`` refuses widths without a Hadamard matrix instead of taking the fallback. ``compact``
+    keeps H and C in float32 once they are computed; ``overwrite`` works in the memory of
+    ``hessian``, if that is float64.
     """
     if hessian is None:
         matrix = torch.eye(n, dtype=torch.float64)
     elif hessian.shape != (n, n):
         raise DataError(f"Hessian of shape {tuple(hessian.shape)} for a weight with {n} inputs")
+    elif regularised:
+        matrix = hessian.double() if overwrite else hessian.to(torch.float64, copy=True)
     else:
-        matrix = hessian.double() if regularised else regularise(hessian, sigma=sigma)
-    return _prepared(matrix, None if generator is None else random_signs(n, generator), strict)
+        matrix = regularise(hessian, sigma=sigma, overwrite=overwrite)
+    signs = None if generator is None else random_signs(n, generator)
+    if strict and signs is not None:
+        require_hadamard(n)
+    return _prepared(matrix, signs, compact=compact)
 
 
-def _prepared(matrix: Tensor, signs: Tensor | None, strict: bool = False) -> PreparedHessian:
+def _prepared(matrix: Tensor, signs: Tensor | None, *, compact: bool) -> PreparedHessian:
+    """Rotates and (if compact) factors in the memory of ``matrix``."""
     channels = matrix.diagonal().clone()
     if signs is not None:
-        matrix = rotate_hessian(matrix, signs, strict=strict)
-        matrix = (matrix + matrix.T) / 2
-    return PreparedHessian(matrix, {}, cholesky(matrix), signs, channels)
+        rotate_hessian_(matrix, signs)
+        symmetrise_(matrix)
+    if not compact:
+        return PreparedHessian(matrix, {}, cholesky(matrix), signs, channels)
+    single = matrix.float()
+    return PreparedHessian(single, {}, cholesky_(matrix).float(), signs, channels)
 
 
 def unrotated(prepared: PreparedHessian) -> Float[Tensor, "n n"]:
@@ -98,7 +123,7 @@ def rescaling(
     mean, clipped to [1/64, 64] and rounded to bfloat16 (bit patterns are returned) before use.
     """
     norms = weight.double().square().sum(0)
-    energy = unrotated(prepared).diagonal()
+    energy = unrotated(prepared).diagonal().double()
     usable = (norms > 0) & (energy > 0)
     d = torch.ones_like(energy)
     d[usable] = (energy[usable] / norms[usable]) ** 0.25
@@ -106,6 +131,8 @@ def rescaling(
         d[usable] = d[usable] / d[usable].log().mean().exp()
     stored = d.clamp(1 / 64, 64).to(torch.bfloat16)
     scale = stored.double()
-    matrix = unrotated(prepared) / scale[:, None] / scale[None, :]
+    matrix = unrotated(prepared).double() / scale[:, None] / scale[None, :]
     patterns = stored.view(torch.int16)
-    return patterns, weight * scale.to(weight.dtype), _prepared(matrix, prepared.signs_in)
+    compact = prepared.matrix.dtype == torch.float32
+    new = _prepared(matrix, prepared.signs_in, compact=compact)
+    return patterns, weight * scale.to(weight.dtype), new

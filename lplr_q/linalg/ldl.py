@@ -58,6 +58,38 @@ def cholesky(
     return factor
 
 
+def cholesky_(hessian: Float[Tensor, "n n"], *, what: str = "Hessian") -> Float[Tensor, "n n"]:
+    """:func:`cholesky` of a float64 matrix in its own memory.
+
+    Raises:
+        DataError: as :func:`cholesky`, with the smallest pivot in place of the eigenvalue.
+    """
+    factor = hessian.mT  # by columns, as the library wants it: no copy
+    info = torch.empty(0, dtype=torch.int32, device=hessian.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    if int(info):
+        raise DataError(
+            f"{what} ({len(factor)} wide) is not positive definite: its leading block of "
+            f"{int(info)} is the first that fails; raise sigma_reg or use more calibration tokens"
+        )
+    return factor
+
+
+def unit_lower(factor: Float[Tensor, "n n"], block: int) -> Float[Tensor, "n n"]:
+    """M of :func:`block_ldl`, float32, from the Cholesky factor."""
+    if block == 1:
+        return (factor / factor.diagonal()).float().contiguous()
+    lower = torch.zeros(factor.shape, dtype=torch.float32, device=factor.device)
+    for low, high in block_bounds(len(factor), block):
+        lower[low:, low:high] = torch.linalg.solve_triangular(
+            factor[low:high, low:high].double(),
+            factor[low:, low:high].double(),
+            upper=False,
+            left=False,
+        )
+    return lower
+
+
 def block_ldl(hessian: Float[Tensor, "n n"], block: int) -> BlockLDL:
     """H = M blkdiag(D) M^T from the Cholesky factor C: M_:k = C_:k C_kk^-1, D_k = C_kk C_kk^T."""
     factor = cholesky(hessian)
@@ -75,6 +107,9 @@ def block_ldl(hessian: Float[Tensor, "n n"], block: int) -> BlockLDL:
 
 def require_finite(name: str, tensor: Tensor) -> None:
     """Raise DataError naming the first non-finite entry and how many there are."""
+    parts = tensor.split(512) if tensor.ndim else (tensor,)
+    if all(bool(torch.isfinite(part).all()) for part in parts):
+        return
     bad = ~torch.isfinite(tensor)
     if bool(bad.any()):
         first = tuple(int(i) for i in bad.nonzero()[0])
@@ -85,9 +120,15 @@ def require_finite(name: str, tensor: Tensor) -> None:
 
 
 def regularise(
-    hessian: Float[Tensor, "n n"], *, sigma: float = 1e-2, name: str = "Hessian"
+    hessian: Float[Tensor, "n n"],
+    *,
+    sigma: float = 1e-2,
+    name: str = "Hessian",
+    overwrite: bool = False,
 ) -> Float[Tensor, "n n"]:
     """H / mean(diag H) + sigma I, symmetric, dead channels (H_jj = 0) set to 1; float64.
+
+    ``overwrite`` puts the result where H was, if that is float64.
 
     Raises:
         DataError: not square, non-finite, negative diagonal, or asymmetric by more than 1e-2.
@@ -95,17 +136,29 @@ def regularise(
     if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1] or hessian.shape[0] < 1:
         raise DataError(f"{name} has shape {tuple(hessian.shape)}; expected a square matrix")
     require_finite(name, hessian)
-    h = hessian.double()
-    asymmetry = float((h - h.T).norm() / h.norm().clamp_min(1e-300))
+    h = hessian.double() if overwrite else hessian.to(torch.float64, copy=True)
+    pairs = zip(h.split(512), h.T.split(512), strict=True)
+    apart = sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5
+    asymmetry = apart / float(h.norm().clamp_min(1e-300))
     if asymmetry > 1e-2:
         raise DataError(f"{name} is not symmetric: |H - H^T| / |H| = {asymmetry:.3g}")
-    h = (h + h.T) / 2
+    symmetrise_(h)
     diagonal = h.diagonal()
     if float(diagonal.min()) < 0:
         raise DataError(f"{name} has a negative diagonal entry at {int(diagonal.argmin())}")
     dead = diagonal == 0
     mean = float(diagonal[~dead].mean()) if bool((~dead).any()) else 1.0
-    h = h / mean
+    h /= mean
     h.diagonal()[dead] = 1.0
     h.diagonal().add_(sigma)
     return h
+
+
+def symmetrise_(h: Float[Tensor, "n n"]) -> None:
+    """(H + H^T) / 2 in place."""
+    n, step = len(h), 256
+    for low in range(0, n, step):
+        high = min(low + step, n)
+        mean = (h[low:high, low:] + h[low:, low:high].T) / 2
+        h[low:high, low:] = mean
+        h[low:, low:high] = mean.T
