@@ -8,7 +8,7 @@ components exist is kept, because rounded factors and shaped Hessians make singl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -29,8 +29,8 @@ from lplr_q.activation_aware.prepared import PreparedHessian
 from lplr_q.activation_aware.refine import refinable, sweep_left, sweep_right
 from lplr_q.activation_aware.shaping import Q_HESSIANS, blind_hessian, covered_directions
 from lplr_q.linalg.ldl import block_ldl
-from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep, ldlq, weighted_loss
-from lplr_q.linalg.randsvd import RandomisedSVD
+from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep, ldlq, row_chunks, weighted_loss
+from lplr_q.linalg.randsvd import RandomisedSVD, squared_norm
 from lplr_q.linalg.regression import cholesky_whitening, closed_form
 
 SCALE_GRID = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
@@ -54,36 +54,73 @@ def quantise_q(
     hessian: Float[Tensor, "n n"],
     lower: Float[Tensor, "n n"] | None,
     rounding: QRounding,
-) -> tuple[list[Tensor], float, Float[Tensor, "m n"]]:
+) -> tuple[list[Tensor], float]:
     """The Q step: LDLQ on target / rms, then guarded sweeps until the relative gain is below
-    1e-4."""
-    blocks = rounding.blocks
-    rms = float(target.square().mean().sqrt().clamp_min(1e-30))
+    1e-4. Codes and scale.
 
-    def attempt(multiplier: float, rows: Tensor) -> tuple[float, Tensor, list[Tensor], Tensor]:
-        # the scale is stored as float32; use the stored value from here on
-        scale = float(torch.tensor(rms / multiplier, dtype=torch.float32))
-        unit = rows / scale
-        feedback = torch.eye(unit.shape[1]).to(unit) if lower is None else lower
-        return scale, unit, *ldlq(unit, feedback, blocks)
+    Rows do not depend on each other, so a few are done at a time and only the codes of all are
+    held.
+    """
+    blocks, chunks = rounding.blocks, row_chunks(len(target))
+    feedback = torch.eye(target.shape[1]).to(target) if lower is None else lower
+    mean = squared_norm(target) / max(target.numel(), 1)
+    rms = max(math.sqrt(mean), 1e-30)
+
+    def stored(multiplier: float) -> float:
+        return float(torch.tensor(rms / multiplier, dtype=torch.float32))
 
     multiplier = rounding.multiplier
     if rounding.search:
         some = _sampled_rows(target, 128)
         losses = []
         for factor in SCALE_GRID:
-            scale, unit, _, points = attempt(factor * multiplier, some)
-            losses.append(weighted_loss((unit - points) * scale, hessian))
+            scale = stored(factor * multiplier)
+            _, points = ldlq(some / scale, feedback, blocks)
+            losses.append(weighted_loss(some - points * scale, hessian))
         multiplier *= SCALE_GRID[losses.index(min(losses))]
-    scale, unit, codes, points = attempt(multiplier, target)
-    if lower is not None and rounding.sweeps:
-        loss = weighted_loss(unit - points, hessian)
-        for _ in range(rounding.sweeps):
-            codes, points = guarded_sweep(unit, hessian, blocks, codes, points)
-            before, loss = loss, weighted_loss(unit - points, hessian)
-            if before - loss < 1e-4 * before:
-                break
-    return codes, scale, points * scale
+    scale = stored(multiplier)
+    wanted = lower is not None and rounding.sweeps > 0
+    whole: list[Tensor] = []
+    loss = 0.0
+    for rows in chunks:
+        unit = target[rows] / scale
+        codes, points = ldlq(unit, feedback, blocks)
+        whole = _put(whole, codes, rows, len(target))
+        if wanted:
+            loss += weighted_loss(unit.sub_(points), hessian)
+    for _ in range(rounding.sweeps if wanted else 0):
+        before = loss
+        loss = swept(target, scale, hessian, blocks, whole)
+        if before - loss < 1e-4 * before:
+            break
+    return whole, scale
+
+
+def _put(whole: list[Tensor], codes: list[Tensor], rows: slice, m: int) -> list[Tensor]:
+    """The codes of some rows at their place among those of all."""
+    if rows == slice(0, m):
+        return codes
+    whole = whole or [c.new_empty(m, *c.shape[1:]) for c in codes]
+    for goal, part in zip(whole, codes, strict=True):
+        goal[rows] = part
+    return whole
+
+
+def swept(
+    target: Float[Tensor, "m n"],
+    scale: float,
+    hessian: Float[Tensor, "n n"],
+    blocks: CodebookBlocks,
+    codes: list[Tensor],
+) -> float:
+    """One guarded sweep over ``codes``, in place; the loss of target / scale it leaves."""
+    loss = 0.0
+    for rows in row_chunks(len(target)):
+        unit, before = target[rows] / scale, [c[rows] for c in codes]
+        after, points = guarded_sweep(unit, hessian, blocks, before, blocks.decode(before))
+        loss += weighted_loss(unit.sub_(points), hessian)
+        _put(codes, after, rows, -1)
+    return loss
 
 
 def _sampled_rows(target: Tensor, count: int) -> Tensor:
@@ -112,21 +149,65 @@ class Problem:
 
 @dataclass(frozen=True)
 class Iterate:
-    """One state; q and lr are decoded matrices."""
+    """One state: codes and scales only."""
 
-    q: Tensor | float = 0.0
-    lr: Tensor | float = 0.0
     codes: tuple[Tensor, ...] = ()
     scale: float = 0.0
     low_rank: LowRank | None = None
 
-    def with_low_rank(self, low_rank: LowRank) -> Iterate:
-        """With another L R."""
-        return replace(self, lr=low_rank.product(), low_rank=low_rank)
+    def subtracted(
+        self,
+        target: Float[Tensor, "m n"],
+        rounding: QRounding | None,
+        *,
+        q: bool = True,
+        lr: bool = True,
+    ) -> Float[Tensor, "m n"]:
+        """W - Q - L R, or only what is asked for; ``target`` itself where that is nothing."""
+        parts = self._parts(target, rounding, q=q, lr=lr)
+        if parts is None:
+            return target
+        left = torch.empty_like(target)
+        for rows, part in parts:
+            left[rows] = part
+        return left
 
-    def with_q(self, codes: list[Tensor], scale: float, q: Tensor) -> Iterate:
-        """With another Q."""
-        return replace(self, q=q, codes=tuple(codes), scale=scale)
+    def loss(
+        self,
+        target: Float[Tensor, "m n"],
+        hessian: Float[Tensor, "n n"],
+        rounding: QRounding | None,
+    ) -> float:
+        """tr(E H E^T) of E = W - Q - L R."""
+        parts = self._parts(target, rounding, q=True, lr=True)
+        if parts is None:
+            return weighted_loss(target, hessian)
+        return sum(weighted_loss(part, hessian) for _, part in parts)
+
+    def _parts(
+        self, target: Tensor, rounding: QRounding | None, *, q: bool, lr: bool
+    ) -> Iterator[tuple[slice, Tensor]] | None:
+        low = self.low_rank if lr else None
+        codes = self.codes if q else ()
+        if low is None and not codes:
+            return None
+        return self._some_rows(target, rounding, codes, low)
+
+    def _some_rows(
+        self,
+        target: Tensor,
+        rounding: QRounding | None,
+        codes: tuple[Tensor, ...],
+        low: LowRank | None,
+    ) -> Iterator[tuple[slice, Tensor]]:
+        factors = None if low is None else (low.left.decode(), low.right.decode())
+        for rows in row_chunks(len(target)):
+            part = target[rows]
+            if codes and rounding is not None:
+                part = part - rounding.blocks.decode([c[rows] for c in codes]) * self.scale
+            if factors is not None:
+                part = part - factors[0][:, rows].T @ factors[1]
+            yield rows, part
 
 
 @dataclass
@@ -164,20 +245,23 @@ class Alternation:
         loss = None
         if component == "LR":
             low = self._low_rank(turn)
-            self.state = self.state.with_low_rank(low)
+            self.state = replace(self.state, low_rank=low)
             loss = low.loss if self.problem.activation_aware_lr else None  # else that of H = I
         else:
-            self.state = self.state.with_q(*self._rounded())
+            self._set_q(*self._rounded())
         complete = len(self.history) + 1 >= len(self.steps)
         self._record(component, turn, complete=complete, loss=loss)
+
+    def _set_q(self, codes: list[Tensor], scale: float) -> None:
+        self.state = replace(self.state, codes=tuple(codes), scale=scale)
 
     def _record(
         self, component: str, turn: int, *, complete: bool, loss: float | None = None
     ) -> None:
         """Note the error of the state, from ``loss`` where it is known; keep the best state."""
         if loss is None:
-            error_matrix = self.problem.target - self.state.q - self.state.lr
-            loss = weighted_loss(error_matrix, self.problem.prepared.single())
+            problem = self.problem
+            loss = self.state.loss(problem.target, problem.prepared.single(), problem.rounding)
         error = math.sqrt(max(loss, 0.0) / self.total)
         self.history.append({"round": turn, "component": component, "error": error})
         low = self.state.low_rank
@@ -186,13 +270,17 @@ class Alternation:
             self.best, self.best_error = self.state, error
 
     def _low_rank(self, turn: int) -> LowRank:
-        problem = self.problem
-        target, rank, start = problem.target - self.state.q, problem.rank, None
+        problem, rank, start = self.problem, self.problem.rank, None
+        target = self._without(lr=False)
         if turn == 1 and self.init == "odlri":
             start = odlri_start(target, problem.prepared, rank)
         if turn == 1 and self.init == "srr" and problem.rounding is not None:
             rank = max(1, srr_split(problem.target, problem.prepared, rank))
         return self._fit(target, rank, start)
+
+    def _without(self, *, q: bool = True, lr: bool = True) -> Tensor:
+        """W - Q - L R of the state."""
+        return self.state.subtracted(self.problem.target, self.problem.rounding, q=q, lr=lr)
 
     def _fit(
         self, target: Tensor, rank: int, start: tuple[Tensor, Tensor] | None = None
@@ -222,22 +310,17 @@ class Alternation:
         assert self.best is not None
         self.state = self.best
         low, rounding = self.state.low_rank, self.problem.rounding
-        target, hessian = self.problem.target, self.problem.prepared.single()
+        hessian = self.problem.prepared.single()
         if low is not None and refinable(low):
-            residual = target - self.state.q
+            residual = self._without(lr=False)
             low = sweep_right(residual, hessian, sweep_left(residual, hessian, low))
-            self.state = self.state.with_low_rank(low)
+            del residual
+            self.state = replace(self.state, low_rank=low)
             self._record("LR", turn, complete=True)
         if rounding is not None and self.state.codes:
-            scale = self.state.scale
-            codes, points = guarded_sweep(
-                (target - self.state.lr) / scale,
-                hessian,
-                rounding.blocks,
-                list(self.state.codes),
-                torch.as_tensor(self.state.q) / scale,
-            )
-            self.state = self.state.with_q(codes, scale, points * scale)
+            scale, codes = self.state.scale, [c.clone() for c in self.state.codes]
+            swept(self._without(q=False), scale, hessian, rounding.blocks, codes)
+            self._set_q(codes, scale)
             self._record("Q", turn, complete=True)
 
     def _repair(self) -> None:
@@ -246,18 +329,18 @@ class Alternation:
         assert low is not None
         spare = rank - len(low.left.codes)
         if spare:
-            more = self._fit(self.problem.target - self.state.q - self.state.lr, spare)
+            more = self._fit(self._without(), spare)
             joined = LowRank(
                 _joined(low.left, more.left), _joined(low.right, more.right), more.loss
             )
-            self.state = self.state.with_low_rank(joined)
+            self.state = replace(self.state, low_rank=joined)
             self._record("LR", 1, complete=True)
 
-    def _rounded(self) -> tuple[list[Tensor], float, Tensor]:
+    def _rounded(self) -> tuple[list[Tensor], float]:
         problem = self.problem
         rounding, prepared = problem.rounding, problem.prepared
         assert rounding is not None
-        residual = problem.target - self.state.lr
+        residual = self._without(q=False)
         block = rounding.blocks.codebook.dim
         if not rounding.feedback:
             return quantise_q(residual, prepared.single(), None, rounding)
@@ -275,7 +358,7 @@ class Alternation:
         if self.q_hessian == "downdate" and low is not None:
             return covered_directions(low.right.decode(), whitening)
         if self.q_hessian == "projq" and self.problem.rank:
-            residual = self.problem.target - self.state.q
+            residual = self._without(lr=False)
             _, right, _ = closed_form(residual, whitening, self.problem.rank, svd=self.svd)
             return covered_directions(right, whitening)
         return None

@@ -43,7 +43,8 @@ from lplr_q.linalg.hadamard import (
     unrotate_weight,
 )
 from lplr_q.linalg.ldl import require_finite
-from lplr_q.linalg.ldlq import CodebookBlocks, weighted_loss
+from lplr_q.linalg.ldlq import CodebookBlocks, row_chunks, weighted_loss
+from lplr_q.linalg.randsvd import squared_norm
 from workbench.errors import ConfigError, DataError
 
 __all__ = [
@@ -250,10 +251,13 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
             raise ConfigError("the Hessian is rotated: a generator for the output signs is needed")
         signs_out = random_signs(m, generator)
         original = rotate_weight(original, signs_out, prepared.signs_in)
-    rms = float(original.square().mean().sqrt())
+    rms = math.sqrt(squared_norm(original) / original.numel())
     power = 2.0 ** round(math.log2(rms)) if rms > 0 else 1.0
+    own = original.data_ptr() != weight.data_ptr()
+    target = original.div_(power) if own else original / power
+    del original
     problem = Problem(
-        target=original / power,
+        target=target,
         prepared=prepared,
         rounding=rounding,
         rank=rank,
@@ -285,7 +289,7 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
         settings=settings | {"init": done.init, "q_hessian": done.q_hessian},
     )
     assert done.best is not None
-    return _measured(_filled(draft, done, power), original, prepared)
+    return _measured(_filled(draft, done, power), target, power, prepared)
 
 
 def quip_sharp(
@@ -344,13 +348,24 @@ def _filled(draft: Decomposition, done: Alternation, power: float) -> Decomposit
 
 
 def _measured(
-    draft: Decomposition, original: Float[Tensor, "m n"], prepared: PreparedHessian
+    draft: Decomposition, target: Float[Tensor, "m n"], power: float, prepared: PreparedHessian
 ) -> Decomposition:
-    """Errors measured anew from codes alone, and the bits."""
-    hessian = prepared.matrix.double()
+    """Errors measured anew from codes alone, against ``target`` times ``power``, and the bits."""
+    hessian = prepared.matrix
     loss = total = square = whole = 0.0
-    for rows, ours in zip(original.split(512), draft.rotated().split(512), strict=True):
-        wide = rows.double()
+    blocks = None
+    if draft.q_codes:
+        blocks = CodebookBlocks(make_codebook(draft.codebook, draft.q_bits), draft.shape[1])
+    factors = None
+    if draft.left is not None and draft.right is not None:
+        factors = draft.left.decode(), draft.right.decode()
+    for rows in row_chunks(len(target)):
+        wide = target[rows].double() * power
+        ours = torch.zeros(wide.shape, device=wide.device)
+        if blocks is not None:
+            ours = blocks.decode([codes[rows] for codes in draft.q_codes]) * draft.q_scale
+        if factors is not None:
+            ours = ours + factors[0][:, rows].T @ factors[1]
         difference = wide - ours.double()
         loss += weighted_loss(difference, hessian)
         total += weighted_loss(wide, hessian)

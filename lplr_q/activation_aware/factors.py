@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lplr_q.codebooks.base import Codebook, make_codebook
 from lplr_q.linalg.ldl import block_ldl
-from lplr_q.linalg.ldlq import CodebookBlocks, ldlq, weighted_loss
+from lplr_q.linalg.ldlq import CodebookBlocks, ldlq, row_chunks, weighted_loss
 from lplr_q.linalg.randsvd import RandomisedSVD
 from lplr_q.linalg.regression import Whitening, closed_form
 from lplr_q.linalg.scalar_ldlq import scalar_ldlq
@@ -238,8 +238,11 @@ def fit_low_rank(
         square = ((lt @ lt.T) * by_right.normal).sum(dtype=torch.float64)
         loss = constant - 2 * float(cross) + float(square)
         if loss < 1e-3 * constant:  # too little left for a difference of such sums
-            product = lt.T @ r_codes.decode().to(target.dtype)
-            loss = weighted_loss(target - product, hessian)
+            right = r_codes.decode().to(target.dtype)
+            loss = sum(
+                weighted_loss(target[c] - lt[:, c].T @ right, hessian)
+                for c in row_chunks(len(target))
+            )
         if best is None or loss < best.loss:
             best = LowRank(l_codes, r_codes, loss)
 

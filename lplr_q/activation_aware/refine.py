@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lplr_q.activation_aware.factors import LowRank, ascending_levels, factor_book, fit_left
-from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep
+from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep, row_chunks
 
 
 def _ridge(normal: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
@@ -56,7 +56,8 @@ def sweep_right(
     inverse = torch.linalg.inv(normal + _ridge(normal))
     levels = ascending_levels(factor_book(low.right.codebook, low.right.bits))
     assert levels is not None
-    gradient = ((left.T @ (target - left @ right)) @ hessian).T.contiguous()
+    pulled = sum(left[c].T @ (target[c] - left[c] @ right) for c in row_chunks(len(target)))
+    gradient = (pulled @ hessian).T.contiguous()
     arrays = (normal, inverse, low.right.scales.view(torch.bfloat16).float(), levels, hessian)
     chosen = _descend(
         right.T.contiguous().cpu().numpy(),

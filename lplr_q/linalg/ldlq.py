@@ -205,6 +205,25 @@ def weighted_loss(error: Float[Tensor, "m n"], hessian: Float[Tensor, "n n"]) ->
 
     Rows are taken 512 at a time, so that beside E and H little is held.
     """
+    if hessian.dtype != error.dtype and error.dtype == torch.float64:
+        return _wide_loss(error, hessian)
     hessian = hessian.to(error.dtype)
-    parts = (float(((rows @ hessian) * rows).sum(dtype=torch.float64)) for rows in error.split(512))
-    return sum(parts)
+    return sum(
+        float((rows @ hessian).mul_(rows).sum(dtype=torch.float64)) for rows in error.split(512)
+    )
+
+
+def _wide_loss(error: Tensor, hessian: Tensor) -> float:
+    """:func:`weighted_loss` in float64 with H widened a few columns at a time."""
+    total = 0.0
+    for rows in error.split(512):
+        for columns, own in zip(hessian.split(256, dim=1), rows.split(256, dim=1), strict=True):
+            total += float((rows @ columns.double()).mul_(own).sum())
+    return total
+
+
+def row_chunks(m: int) -> list[slice]:
+    """Rows that are worked on together where every row stands alone: few enough that what is held
+    for them counts little beside the matrix, and whole tiles of every codebook."""
+    size = min(512, max(128, m // 4 // 64 * 64))
+    return [slice(low, min(low + size, m)) for low in range(0, m, size)]

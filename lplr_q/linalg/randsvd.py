@@ -19,6 +19,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+def squared_norm(matrix: Float[Tensor, "m n"]) -> float:
+    """|A|^2 in float64, a few rows at a time."""
+    return sum(float(rows.square().sum(dtype=torch.float64)) for rows in matrix.split(256))
+
+
 def default_oversampling(rank: int) -> int:
     """max(16, r / 4) extra columns."""
     return max(16, rank // 4)
@@ -57,7 +62,7 @@ class RandomisedSVD:
             return self._exact(matrix, rank)
         warm = self.subspace is not None and self.subspace.shape == (n, width)
         basis = self.subspace.to(matrix) if warm else _start(matrix, width)  # type: ignore[union-attr]
-        total = float(matrix.square().sum(dtype=torch.float64))
+        total = squared_norm(matrix)
         losses: list[float] = []
         least = 1 if warm else self.power_iterations
         for turn in range(1, self.limit + 1):

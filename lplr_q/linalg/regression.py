@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lplr_q.linalg.randsvd import RandomisedSVD
+from lplr_q.linalg.randsvd import RandomisedSVD, squared_norm
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def closed_form(
     tr(A H A^T) = |A C|^2."""
     whitening = whitening.to(target.dtype)
     product = target @ whitening.forward
-    energy = float(product.square().sum(dtype=torch.float64))
+    energy = squared_norm(product)
     if svd is None:
         u, s, zt = torch.linalg.svd(product, full_matrices=False)
     else:
