@@ -61,6 +61,19 @@ def quantise_q(
     Rows do not depend on each other, so a few are done at a time and only the codes of all are
     held.
     """
+    codes, scale, loss = first_pass(target, hessian, lower, rounding)
+    if lower is not None:
+        more_sweeps(target, hessian, rounding, codes, scale, loss)
+    return codes, scale
+
+
+def first_pass(
+    target: Float[Tensor, "m n"],
+    hessian: Float[Tensor, "n n"],
+    lower: Float[Tensor, "n n"] | None,
+    rounding: QRounding,
+) -> tuple[list[Tensor], float, float]:
+    """Codes and scale by LDLQ, and the loss of target / scale when sweeps are to follow."""
     blocks, chunks = rounding.blocks, row_chunks(len(target))
     feedback = torch.eye(target.shape[1]).to(target) if lower is None else lower
     mean = squared_norm(target) / max(target.numel(), 1)
@@ -88,12 +101,22 @@ def quantise_q(
         whole = _put(whole, codes, rows, len(target))
         if wanted:
             loss += weighted_loss(unit.sub_(points), hessian)
-    for _ in range(rounding.sweeps if wanted else 0):
-        before = loss
-        loss = swept(target, scale, hessian, blocks, whole)
+    return whole, scale, loss
+
+
+def more_sweeps(
+    target: Float[Tensor, "m n"],
+    hessian: Float[Tensor, "n n"],
+    rounding: QRounding,
+    codes: list[Tensor],
+    scale: float,
+    loss: float,
+) -> None:
+    """Guarded sweeps over ``codes``, in place, until one gains less than 1e-4 of ``loss``."""
+    for _ in range(rounding.sweeps):
+        before, loss = loss, swept(target, scale, hessian, rounding.blocks, codes)
         if before - loss < 1e-4 * before:
             break
-    return whole, scale
 
 
 def _put(whole: list[Tensor], codes: list[Tensor], rows: slice, m: int) -> list[Tensor]:
@@ -346,8 +369,11 @@ class Alternation:
             return quantise_q(residual, prepared.single(), None, rounding)
         directions = self._blind_directions()
         if directions is None:
-            lower = prepared.lower_for(block)
-            return quantise_q(residual, prepared.single(), lower, rounding)
+            hessian = prepared.single()
+            found = first_pass(residual, hessian, prepared.lower_for(block), rounding)
+            prepared.lower.clear()  # the sweeps do not need it
+            more_sweeps(residual, hessian, rounding, *found)
+            return found[:2]
         shaped = blind_hessian(prepared.whitening(), directions)
         lower = block_ldl(shaped, block).lower.float()
         return quantise_q(residual, shaped.float(), lower, rounding)

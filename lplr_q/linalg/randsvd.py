@@ -6,8 +6,10 @@
 What the best rank-r approximation leaves is |Y|^2 - sum_{i<=r} S_i^2. The subspace gives Ritz
 values below the S_i, hence a loss that can only fall from one power iteration to the next. The
 falls shrink geometrically; their sum to come is estimated from the last two, and iteration ends
-when it is well below ``tolerance`` of the loss. If that does not happen in time, the exact
-decomposition is computed.
+when it is well below ``tolerance`` of the loss. If that does not happen in time (spectra that are
+nearly flat), all the powers are kept instead of the last one: the block Krylov space of the same
+start, whose Ritz values settle far sooner.   [Musco, Musco 2015, Alg. 2]
+If that fails too, the exact decomposition is computed, which needs several times the memory.
 """
 
 from __future__ import annotations
@@ -42,11 +44,13 @@ class RandomisedSVD:
     power_iterations: int = 2
     """At least so many from a cold start."""
     limit: int = 12
-    """Power iterations after which the exact decomposition is used."""
+    """Power iterations after which the Krylov space is used."""
+    depth: int = 8
+    """Blocks of the Krylov space after which the exact decomposition is used."""
     subspace: Tensor | None = None
     """Right vectors of the previous call."""
     log: list[str] = field(default_factory=list)
-    """What each call did: ``warm 2``, ``cold 3``, ``exact``."""
+    """What each call did: ``warm 2``, ``cold 3``, ``krylov 5``, ``exact``."""
 
     def worth(self, m: int, n: int, rank: int) -> bool:
         """Whether the subspace is small enough to pay: r + p at most a fifth of min(m, n)."""
@@ -76,7 +80,35 @@ class RandomisedSVD:
                 self.subspace = basis
                 self.log.append(f"{'warm' if warm else 'cold'} {turn}")
                 return left @ turned.T[:, :rank], values[:rank], basis[:, :rank].T
-        return self._exact(matrix, rank)
+        return self._krylov(matrix, basis, rank, total) or self._exact(matrix, rank)
+
+    def _krylov(
+        self, matrix: Tensor, block: Tensor, rank: int, total: float
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Triplets from the span of Z, (Y^T Y) Z, (Y^T Y)^2 Z .., or None when it does not
+        settle or would be half as wide as the matrix."""
+        width, losses = block.shape[1], []
+        space, images = block, matrix @ block
+        while True:
+            gram = images.T.double() @ images.double()
+            values, turned = torch.linalg.eigh(gram)
+            losses.append(total - float(values[-rank:].sum()))
+            decay = float(values[-width].clamp_min(0) / values[-rank].clamp_min(1e-300)) ** 2
+            if len(losses) > 1 and self._settled(losses, total, decay):
+                break
+            if len(losses) > self.depth or 2 * (space.shape[1] + width) > min(matrix.shape):
+                return None
+            block = matrix.T @ images[:, -width:]
+            for _ in range(2):
+                block = torch.linalg.qr(block - space @ (space.T @ block)).Q
+            space = torch.cat([space, block], dim=1)
+            images = torch.cat([images, matrix @ block], dim=1)
+        turned = turned.flip(1)[:, :width].to(matrix.dtype)
+        self.subspace = space @ turned
+        root = values.flip(0)[:rank].clamp_min(0).sqrt().to(matrix.dtype)
+        self.log.append(f"krylov {len(losses)}")
+        left = images @ turned[:, :rank] / root.clamp_min(1e-30)
+        return left, root, self.subspace[:, :rank].T
 
     def _settled(self, losses: list[float], total: float, decay: float) -> bool:
         """Whether the falls still to come are below a third of ``tolerance``.
