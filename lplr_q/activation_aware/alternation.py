@@ -49,8 +49,23 @@ class QRounding:
     """Choose the multiplier from ``SCALE_GRID`` by the loss of a pass without sweeps."""
 
 
+class Residual:
+    """W - L R, made some rows at a time; W may be what Q leaves of it."""
+
+    def __init__(self, target: Float[Tensor, "m n"], low: LowRank) -> None:
+        self.target, self.shape, self.device = target, target.shape, target.device
+        self.left, self.right = low.left.decode().T, low.right.decode()
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def __getitem__(self, rows: slice | Tensor) -> Float[Tensor, "k n"]:
+        """These rows."""
+        return self.target[rows] - self.left[rows] @ self.right
+
+
 def quantise_q(
-    target: Float[Tensor, "m n"],
+    target: Float[Tensor, "m n"] | Residual,
     hessian: Float[Tensor, "n n"],
     lower: Float[Tensor, "n n"] | None,
     rounding: QRounding,
@@ -68,15 +83,16 @@ def quantise_q(
 
 
 def first_pass(
-    target: Float[Tensor, "m n"],
+    target: Float[Tensor, "m n"] | Residual,
     hessian: Float[Tensor, "n n"],
     lower: Float[Tensor, "n n"] | None,
     rounding: QRounding,
 ) -> tuple[list[Tensor], float, float]:
     """Codes and scale by LDLQ, and the loss of target / scale when sweeps are to follow."""
     blocks, chunks = rounding.blocks, row_chunks(len(target))
-    feedback = torch.eye(target.shape[1]).to(target) if lower is None else lower
-    mean = squared_norm(target) / max(target.numel(), 1)
+    feedback = torch.eye(target.shape[1]).to(hessian) if lower is None else lower
+    m, n = target.shape
+    mean = sum(squared_norm(target[rows]) for rows in chunks) / (m * n)
     rms = max(math.sqrt(mean), 1e-30)
 
     def stored(multiplier: float) -> float:
@@ -105,7 +121,7 @@ def first_pass(
 
 
 def more_sweeps(
-    target: Float[Tensor, "m n"],
+    target: Float[Tensor, "m n"] | Residual,
     hessian: Float[Tensor, "n n"],
     rounding: QRounding,
     codes: list[Tensor],
@@ -130,7 +146,7 @@ def _put(whole: list[Tensor], codes: list[Tensor], rows: slice, m: int) -> list[
 
 
 def swept(
-    target: Float[Tensor, "m n"],
+    target: Float[Tensor, "m n"] | Residual,
     scale: float,
     hessian: Float[Tensor, "n n"],
     blocks: CodebookBlocks,
@@ -146,11 +162,11 @@ def swept(
     return loss
 
 
-def _sampled_rows(target: Tensor, count: int) -> Tensor:
+def _sampled_rows(target: Tensor | Residual, count: int) -> Tensor:
     """At most ``count`` rows in groups of 16 neighbours, spread evenly."""
     m = len(target)
     if m <= count:
-        return target
+        return target[:]
     starts = torch.linspace(0, m - 16, count // 16).long()
     return target[(starts[:, None] + torch.arange(16)).flatten().to(target.device)]
 
@@ -183,11 +199,10 @@ class Iterate:
         target: Float[Tensor, "m n"],
         rounding: QRounding | None,
         *,
-        q: bool = True,
         lr: bool = True,
     ) -> Float[Tensor, "m n"]:
-        """W - Q - L R, or only what is asked for; ``target`` itself where that is nothing."""
-        parts = self._parts(target, rounding, q=q, lr=lr)
+        """W - Q - L R, or W - Q; ``target`` itself where there is none of them."""
+        parts = self._parts(target, rounding, lr=lr)
         if parts is None:
             return target
         left = torch.empty_like(target)
@@ -202,32 +217,25 @@ class Iterate:
         rounding: QRounding | None,
     ) -> float:
         """tr(E H E^T) of E = W - Q - L R."""
-        parts = self._parts(target, rounding, q=True, lr=True)
+        parts = self._parts(target, rounding, lr=True)
         if parts is None:
             return weighted_loss(target, hessian)
         return sum(weighted_loss(part, hessian) for _, part in parts)
 
     def _parts(
-        self, target: Tensor, rounding: QRounding | None, *, q: bool, lr: bool
+        self, target: Tensor, rounding: QRounding | None, *, lr: bool
     ) -> Iterator[tuple[slice, Tensor]] | None:
         low = self.low_rank if lr else None
-        codes = self.codes if q else ()
-        if low is None and not codes:
-            return None
-        return self._some_rows(target, rounding, codes, low)
+        return self._some_rows(target, rounding, low) if low or self.codes else None
 
     def _some_rows(
-        self,
-        target: Tensor,
-        rounding: QRounding | None,
-        codes: tuple[Tensor, ...],
-        low: LowRank | None,
+        self, target: Tensor, rounding: QRounding | None, low: LowRank | None
     ) -> Iterator[tuple[slice, Tensor]]:
         factors = None if low is None else (low.left.decode(), low.right.decode())
         for rows in row_chunks(len(target)):
             part = target[rows]
-            if codes and rounding is not None:
-                part = part - rounding.blocks.decode([c[rows] for c in codes]) * self.scale
+            if self.codes and rounding is not None:
+                part = part - rounding.blocks.decode([c[rows] for c in self.codes]) * self.scale
             if factors is not None:
                 part = part - factors[0][:, rows].T @ factors[1]
             yield rows, part
@@ -301,9 +309,13 @@ class Alternation:
             rank = max(1, srr_split(problem.target, problem.prepared, rank))
         return self._fit(target, rank, start)
 
-    def _without(self, *, q: bool = True, lr: bool = True) -> Tensor:
-        """W - Q - L R of the state."""
-        return self.state.subtracted(self.problem.target, self.problem.rounding, q=q, lr=lr)
+    def _without(self, *, lr: bool = True) -> Tensor:
+        """W - Q - L R of the state, or W - Q."""
+        return self.state.subtracted(self.problem.target, self.problem.rounding, lr=lr)
+
+    def _without_lr(self) -> Tensor | Residual:
+        low, target = self.state.low_rank, self.problem.target
+        return target if low is None else Residual(target, low)
 
     def _fit(
         self, target: Tensor, rank: int, start: tuple[Tensor, Tensor] | None = None
@@ -342,7 +354,7 @@ class Alternation:
             self._record("LR", turn, complete=True)
         if rounding is not None and self.state.codes:
             scale, codes = self.state.scale, [c.clone() for c in self.state.codes]
-            swept(self._without(q=False), scale, hessian, rounding.blocks, codes)
+            swept(self._without_lr(), scale, hessian, rounding.blocks, codes)
             self._set_q(codes, scale)
             self._record("Q", turn, complete=True)
 
@@ -363,7 +375,7 @@ class Alternation:
         problem = self.problem
         rounding, prepared = problem.rounding, problem.prepared
         assert rounding is not None
-        residual = self._without(q=False)
+        residual = self._without_lr()
         block = rounding.blocks.codebook.dim
         if not rounding.feedback:
             return quantise_q(residual, prepared.single(), None, rounding)

@@ -225,5 +225,5 @@ def _wide_loss(error: Tensor, hessian: Tensor) -> float:
 def row_chunks(m: int) -> list[slice]:
     """Rows that are worked on together where every row stands alone: few enough that what is held
     for them counts little beside the matrix, and whole tiles of every codebook."""
-    size = min(512, max(128, m // 4 // 64 * 64))
+    size = min(512, max(128, m // 8 // 64 * 64))
     return [slice(low, min(low + size, m)) for low in range(0, m, size)]
