@@ -119,7 +119,8 @@ def q_step_errors(size: int) -> tuple[float, float]:
     lower, hessian = prepared.lower_for(8), prepared.single()
     blocks = CodebookBlocks(make_codebook("e8p", 2), size)
     plain = reference_q_step(unit, lower, hessian, blocks)
-    ours = quantise_q(unit, hessian, lower, QRounding(blocks))[2]
+    codes, scale = quantise_q(unit, hessian, lower, QRounding(blocks))
+    ours = blocks.decode(codes) * scale
     total = weighted_loss(unit, hessian)
     return tuple(math.sqrt(weighted_loss(unit - q, hessian) / total) for q in (plain, ours))  # type: ignore[return-value]
 
@@ -139,9 +140,11 @@ def round_pair(width: int) -> tuple[Pair, tuple[float, float]]:
 
     def anew() -> None:
         whitening = eigen_whitening(hessian)
-        low = fit_low_rank(unit - first.q, hessian, whitening, rank=rank, rounding=factors)
+        left = first.subtracted(unit, rounding, lr=False)
+        low = fit_low_rank(left, hessian, whitening, rank=rank, rounding=factors)
         lower = block_ldl(prepared.matrix, 8).lower.float()
-        q = quantise_q(unit - low.product(), hessian, lower, rounding)[2]
+        codes, scale = quantise_q(unit - low.product(), hessian, lower, rounding)
+        q = rounding.blocks.decode(codes) * scale
         errors["anew"] = math.sqrt(weighted_loss(unit - q - low.product(), hessian) / total)
 
     def kept() -> None:

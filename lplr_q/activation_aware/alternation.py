@@ -29,7 +29,14 @@ from lplr_q.activation_aware.prepared import PreparedHessian
 from lplr_q.activation_aware.refine import refinable, sweep_left, sweep_right
 from lplr_q.activation_aware.shaping import Q_HESSIANS, blind_hessian, covered_directions
 from lplr_q.linalg.ldl import block_ldl
-from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep, ldlq, row_chunks, weighted_loss
+from lplr_q.linalg.ldlq import (
+    CodebookBlocks,
+    corner_inverses,
+    guarded_sweep,
+    ldlq,
+    row_chunks,
+    weighted_loss,
+)
 from lplr_q.linalg.randsvd import RandomisedSVD, squared_norm
 from lplr_q.linalg.regression import cholesky_whitening, closed_form
 
@@ -153,10 +160,11 @@ def swept(
     codes: list[Tensor],
 ) -> float:
     """One guarded sweep over ``codes``, in place; the loss of target / scale it leaves."""
-    loss = 0.0
+    loss, inverses = 0.0, corner_inverses(hessian, blocks.bounds)
     for rows in row_chunks(len(target)):
         unit, before = target[rows] / scale, [c[rows] for c in codes]
-        after, points = guarded_sweep(unit, hessian, blocks, before, blocks.decode(before))
+        points = blocks.decode(before)
+        after, points = guarded_sweep(unit, hessian, blocks, before, points, inverses=inverses)
         loss += weighted_loss(unit.sub_(points), hessian)
         _put(codes, after, rows, -1)
     return loss

@@ -15,6 +15,7 @@ rounded together (1 except for trellises, whose tiles span several).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -153,6 +154,16 @@ def _sum_of_groups(change: Float[Tensor, " m"], rows: int) -> Float[Tensor, " m"
     return torch.cat(sums)
 
 
+def corner_inverses(
+    hessian: Float[Tensor, "n n"], bounds: list[tuple[int, int]]
+) -> list[Float[Tensor, "b b"]]:
+    """H_kk^-1 of every block; those of equal width in one call."""
+    corners = [hessian[low:high, low:high] for low, high in bounds]
+    same = [corner for corner in corners if corner.shape == corners[0].shape]
+    found = list(torch.linalg.inv(torch.stack(same)))
+    return found + [torch.linalg.inv(corner) for corner in corners[len(same) :]]
+
+
 def guarded_sweep(
     weight: Float[Tensor, "m n"],
     hessian: Float[Tensor, "n n"],
@@ -161,16 +172,18 @@ def guarded_sweep(
     points: Float[Tensor, "m n"],
     *,
     buffer: int = 128,
+    inverses: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], Float[Tensor, "m n"]]:
     """One pass of coordinate descent over blocks; tr(E H E^T) never rises.
 
     Each block aims at Q_k + (W - Q) H_:k H_kk^-1 and is rounded again; a row (or all the rows that
     are rounded together) takes its new points only if delta H_kk delta^T - 2 (E H)_k delta^T < 0,
-    because nearest in the Euclidean sense need not be nearest under H_kk.
+    because nearest in the Euclidean sense need not be nearest under H_kk. ``inverses`` are those of
+    all H_kk, for callers who have them.
     """
     rows = rows_of(blocks)
     hessian = hessian.to(weight.dtype)
-    inverses = [torch.linalg.inv(hessian[low:high, low:high]) for low, high in blocks.bounds]
+    inverses = inverses or corner_inverses(hessian, blocks.bounds)
     codes, points = list(codes), points.clone()
     error = weight - points
     block = len(blocks.bounds) - 1
@@ -225,5 +238,5 @@ def _wide_loss(error: Tensor, hessian: Tensor) -> float:
 def row_chunks(m: int) -> list[slice]:
     """Rows that are worked on together where every row stands alone: few enough that what is held
     for them counts little beside the matrix, and whole tiles of every codebook."""
-    size = min(512, max(128, m // 8 // 64 * 64))
+    size = min(512, max(256, m // 4 // 64 * 64))
     return [slice(low, min(low + size, m)) for low in range(0, m, size)]
