@@ -184,7 +184,7 @@ def guarded_sweep(
     rows = rows_of(blocks)
     hessian = hessian.to(weight.dtype)
     inverses = inverses or corner_inverses(hessian, blocks.bounds)
-    codes, points = list(codes), points.clone()
+    codes, points = [part.clone() for part in codes], points.clone()
     error = weight - points
     block = len(blocks.bounds) - 1
     while block >= 0:
@@ -205,10 +205,10 @@ def guarded_sweep(
             accept = _sum_of_groups(change, rows) < 0
             delta = delta * accept[:, None]
             shape = (-1,) + (1,) * (codes[k].ndim - 1)
-            codes[k] = torch.where(accept.view(shape), new_codes, codes[k])
+            codes[k].copy_(torch.where(accept.view(shape), new_codes, codes[k]))
             points[:, low:high] = torch.where(accept[:, None], new_points, points[:, low:high])
             error[:, low:high] = weight[:, low:high] - points[:, low:high]
-            gradient = gradient - delta @ hessian[low:high, start:end]
+            gradient -= delta @ hessian[low:high, start:end]
         block = first - 1
     return codes, points
 
