@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Int, Int64, UInt8
 from torch import Tensor
 
 from workbench.errors import ConfigError, DataError
@@ -23,7 +23,19 @@ def packed_size(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
 
 
-def pack_bits(codes: Int64[Tensor, "*shape"], bits: int) -> UInt8[Tensor, " bytes"]:
+_PIECE = 1 << 16  # codes packed at a time: a multiple of 8, and few megabytes of work
+
+
+def code_dtype(bits: int) -> torch.dtype:
+    """The smallest integer type that holds codes of so many bits.
+
+    >>> code_dtype(2), code_dtype(16)
+    (torch.uint8, torch.int32)
+    """
+    return torch.uint8 if bits <= 8 else torch.int16 if bits < 16 else torch.int32
+
+
+def pack_bits(codes: Int[Tensor, "*shape"], bits: int) -> UInt8[Tensor, " bytes"]:
     """Pack codes in row-major order.
 
     Raises:
@@ -31,11 +43,16 @@ def pack_bits(codes: Int64[Tensor, "*shape"], bits: int) -> UInt8[Tensor, " byte
         DataError: a code outside 0..2^bits - 1.
     """
     _check_bits(bits)
-    flat = codes.reshape(-1).long()
+    flat = codes.reshape(-1)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << bits):
         raise DataError(f"codes span {int(flat.min())}..{int(flat.max())}, not {bits} bits")
     if bits == 8:
         return flat.to(torch.uint8)
+    packed = [_packed(piece.long(), bits) for piece in flat.split(_PIECE)]
+    return torch.cat(packed)
+
+
+def _packed(flat: Int64[Tensor, " codes"], bits: int) -> UInt8[Tensor, " bytes"]:
     run = 8 // math.gcd(bits, 8)  # so many codes fill whole bytes
     width = bits * run // 8
     padded = flat.new_zeros(-(-flat.numel() // run) * run)

@@ -107,16 +107,19 @@ def compress_sublayer(
     name: str,
     settings: CompressionSettings,
     generator_of: Callable[[str], torch.Generator],
+    *,
+    overwrite: bool = False,
 ) -> Decomposition:
-    """The candidate (q_bits, rank) with the smallest activation-aware error."""
+    """The candidate (q_bits, rank) with the smallest activation-aware error; ``overwrite`` gives
+    the memory of ``weight`` away."""
     common = {key: getattr(settings, key) for key in DECOMPOSE_FIELDS}
 
     def run(q_bits: int, rank: int, *, quick: bool) -> Decomposition:
-        generator = generator_of(f"signs/out/{name}") if settings.rht else None
+        own: dict[str, Any] = {"q_bits": q_bits, "overwrite": overwrite and not quick}
+        own["generator"] = generator_of(f"signs/out/{name}") if settings.rht else None
         if settings.method == "quip-sharp":
-            sweeps = settings.sweeps
-            return quip_sharp(weight, prepared, q_bits=q_bits, sweeps=sweeps, generator=generator)
-        options = {**common, "q_bits": q_bits, "rank": rank, "generator": generator}
+            return quip_sharp(weight, prepared, sweeps=settings.sweeps, **own)
+        options = {**common, **own, "rank": rank}
         if quick:
             inner = min(2, settings.inner_iterations)
             options |= {"rounds": 1, "inner_iterations": inner, "sweeps": 0}
@@ -235,7 +238,10 @@ class Job:
             for name in left:
                 begin = time.monotonic()
                 own = settings_for(name, self.settings, self.allocation)
-                tree = compress_one(weights(name).to(device), calibration, name, own, shared)
+                weight = weights(name).to(device)
+                fresh = isinstance(weights, FolderWeights)  # nobody else has this memory
+                tree = compress_one(weight, calibration, name, own, shared, overwrite=fresh)
+                del weight
                 seconds = round(time.monotonic() - begin, 3)
                 tree |= {"seconds": seconds, "peak_bytes": peak_bytes(device)}
                 write_unit(self.folder, name, tree)
@@ -248,8 +254,11 @@ def compress_one(
     name: str,
     settings: CompressionSettings,
     shared: dict[str, Any],
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """The unit of one sublayer by any method; ``shared`` keeps what its group has in common."""
+    """The unit of one sublayer by any method; ``shared`` keeps what its group has in common,
+    ``overwrite`` gives the memory of ``weight`` away."""
     count, width = calibration.extent(name)
     m, n = weight.shape
     if width != n:
@@ -268,7 +277,8 @@ def compress_one(
         shared["prepared"] = prepare_sublayer(
             calibration, name, n, settings, generator_of, device=device
         )
-    result = compress_sublayer(weight, shared["prepared"], name, settings, generator_of)
+    prepared = shared["prepared"]
+    result = compress_sublayer(weight, prepared, name, settings, generator_of, overwrite=overwrite)
     return {**result_tree(result, settings.ft_rank), "inputs_seen": count}
 
 

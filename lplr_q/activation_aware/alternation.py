@@ -8,8 +8,9 @@ components exist is kept, because rounded factors and shaped Hessians make singl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -27,18 +28,19 @@ from lplr_q.activation_aware.factors import (
 from lplr_q.activation_aware.initial import odlri_start, srr_split
 from lplr_q.activation_aware.prepared import PreparedHessian
 from lplr_q.activation_aware.refine import refinable, sweep_left, sweep_right
+from lplr_q.activation_aware.remainder import CodedQ, Remainder
 from lplr_q.activation_aware.shaping import Q_HESSIANS, blind_hessian, covered_directions
-from lplr_q.linalg.ldl import block_ldl
+from lplr_q.linalg.ldl import cholesky_, unit_lower
 from lplr_q.linalg.ldlq import (
     CodebookBlocks,
     corner_inverses,
     guarded_sweep,
     ldlq,
-    row_chunks,
     weighted_loss,
 )
-from lplr_q.linalg.randsvd import RandomisedSVD, squared_norm
+from lplr_q.linalg.randsvd import RandomisedSVD
 from lplr_q.linalg.regression import cholesky_whitening, closed_form
+from lplr_q.linalg.rows import Rows, row_chunks, squared_norm
 
 SCALE_GRID = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
 
@@ -56,23 +58,8 @@ class QRounding:
     """Choose the multiplier from ``SCALE_GRID`` by the loss of a pass without sweeps."""
 
 
-class Residual:
-    """W - L R, made some rows at a time; W may be what Q leaves of it."""
-
-    def __init__(self, target: Float[Tensor, "m n"], low: LowRank) -> None:
-        self.target, self.shape, self.device = target, target.shape, target.device
-        self.left, self.right = low.left.decode().T, low.right.decode()
-
-    def __len__(self) -> int:
-        return len(self.target)
-
-    def __getitem__(self, rows: slice | Tensor) -> Float[Tensor, "k n"]:
-        """These rows."""
-        return self.target[rows] - self.left[rows] @ self.right
-
-
 def quantise_q(
-    target: Float[Tensor, "m n"] | Residual,
+    target: Rows,
     hessian: Float[Tensor, "n n"],
     lower: Float[Tensor, "n n"] | None,
     rounding: QRounding,
@@ -90,17 +77,15 @@ def quantise_q(
 
 
 def first_pass(
-    target: Float[Tensor, "m n"] | Residual,
+    target: Rows,
     hessian: Float[Tensor, "n n"],
     lower: Float[Tensor, "n n"] | None,
     rounding: QRounding,
 ) -> tuple[list[Tensor], float, float]:
     """Codes and scale by LDLQ, and the loss of target / scale when sweeps are to follow."""
-    blocks, chunks = rounding.blocks, row_chunks(len(target))
-    feedback = torch.eye(target.shape[1]).to(hessian) if lower is None else lower
-    m, n = target.shape
-    mean = sum(squared_norm(target[rows]) for rows in chunks) / (m * n)
-    rms = max(math.sqrt(mean), 1e-30)
+    blocks, (m, n) = rounding.blocks, target.shape
+    feedback = torch.eye(n).to(hessian) if lower is None else lower
+    rms = max(math.sqrt(squared_norm(target) / (m * n)), 1e-30)
 
     def stored(multiplier: float) -> float:
         return float(torch.tensor(rms / multiplier, dtype=torch.float32))
@@ -118,17 +103,18 @@ def first_pass(
     wanted = lower is not None and rounding.sweeps > 0
     whole: list[Tensor] = []
     loss = 0.0
-    for rows in chunks:
+    for rows in row_chunks(m):
         unit = target[rows] / scale
         codes, points = ldlq(unit, feedback, blocks)
-        whole = _put(whole, codes, rows, len(target))
+        whole = whole or [c.new_empty(m, *c.shape[1:], dtype=blocks.code_dtype) for c in codes]
+        _put(whole, codes, rows)
         if wanted:
             loss += weighted_loss(unit.sub_(points), hessian)
     return whole, scale, loss
 
 
 def more_sweeps(
-    target: Float[Tensor, "m n"] | Residual,
+    target: Rows,
     hessian: Float[Tensor, "n n"],
     rounding: QRounding,
     codes: list[Tensor],
@@ -142,18 +128,14 @@ def more_sweeps(
             break
 
 
-def _put(whole: list[Tensor], codes: list[Tensor], rows: slice, m: int) -> list[Tensor]:
-    """The codes of some rows at their place among those of all."""
-    if rows == slice(0, m):
-        return codes
-    whole = whole or [c.new_empty(m, *c.shape[1:]) for c in codes]
+def _put(whole: list[Tensor], codes: list[Tensor], rows: slice) -> None:
+    """The codes of some rows to their place among those of all."""
     for goal, part in zip(whole, codes, strict=True):
         goal[rows] = part
-    return whole
 
 
 def swept(
-    target: Float[Tensor, "m n"] | Residual,
+    target: Rows,
     scale: float,
     hessian: Float[Tensor, "n n"],
     blocks: CodebookBlocks,
@@ -161,22 +143,22 @@ def swept(
 ) -> float:
     """One guarded sweep over ``codes``, in place; the loss of target / scale it leaves."""
     loss, inverses = 0.0, corner_inverses(hessian, blocks.bounds)
-    for rows in row_chunks(len(target)):
+    for rows in row_chunks(target.shape[0]):
         unit, before = target[rows] / scale, [c[rows] for c in codes]
         points = blocks.decode(before)
         after, points = guarded_sweep(unit, hessian, blocks, before, points, inverses=inverses)
         loss += weighted_loss(unit.sub_(points), hessian)
-        _put(codes, after, rows, -1)
+        _put(codes, after, rows)
     return loss
 
 
-def _sampled_rows(target: Tensor | Residual, count: int) -> Tensor:
+def _sampled_rows(target: Rows, count: int) -> Tensor:
     """At most ``count`` rows in groups of 16 neighbours, spread evenly."""
-    m = len(target)
+    m = target.shape[0]
     if m <= count:
         return target[:]
-    starts = torch.linspace(0, m - 16, count // 16).long()
-    return target[(starts[:, None] + torch.arange(16)).flatten().to(target.device)]
+    starts = torch.linspace(0, m - 16, count // 16).long().tolist()
+    return torch.cat([target[start : start + 16] for start in starts])
 
 
 @dataclass(frozen=True)
@@ -202,51 +184,12 @@ class Iterate:
     scale: float = 0.0
     low_rank: LowRank | None = None
 
-    def subtracted(
-        self,
-        target: Float[Tensor, "m n"],
-        rounding: QRounding | None,
-        *,
-        lr: bool = True,
-    ) -> Float[Tensor, "m n"]:
-        """W - Q - L R, or W - Q; ``target`` itself where there is none of them."""
-        parts = self._parts(target, rounding, lr=lr)
-        if parts is None:
-            return target
-        left = torch.empty_like(target)
-        for rows, part in parts:
-            left[rows] = part
-        return left
-
-    def loss(
-        self,
-        target: Float[Tensor, "m n"],
-        hessian: Float[Tensor, "n n"],
-        rounding: QRounding | None,
-    ) -> float:
-        """tr(E H E^T) of E = W - Q - L R."""
-        parts = self._parts(target, rounding, lr=True)
-        if parts is None:
-            return weighted_loss(target, hessian)
-        return sum(weighted_loss(part, hessian) for _, part in parts)
-
-    def _parts(
-        self, target: Tensor, rounding: QRounding | None, *, lr: bool
-    ) -> Iterator[tuple[slice, Tensor]] | None:
-        low = self.low_rank if lr else None
-        return self._some_rows(target, rounding, low) if low or self.codes else None
-
-    def _some_rows(
-        self, target: Tensor, rounding: QRounding | None, low: LowRank | None
-    ) -> Iterator[tuple[slice, Tensor]]:
-        factors = None if low is None else (low.left.decode(), low.right.decode())
-        for rows in row_chunks(len(target)):
-            part = target[rows]
-            if self.codes and rounding is not None:
-                part = part - rounding.blocks.decode([c[rows] for c in self.codes]) * self.scale
-            if factors is not None:
-                part = part - factors[0][:, rows].T @ factors[1]
-            yield rows, part
+    def remainder(self, problem: Problem, *, q: bool = True, lr: bool = True) -> Remainder:
+        """W - Q - L R; without ``q`` W - L R, without ``lr`` W - Q."""
+        coded = None
+        if q and self.codes and problem.rounding is not None:
+            coded = CodedQ(problem.rounding.blocks, self.codes, self.scale)
+        return Remainder(problem.target, coded, self.low_rank if lr else None)
 
 
 @dataclass
@@ -299,8 +242,7 @@ class Alternation:
     ) -> None:
         """Note the error of the state, from ``loss`` where it is known; keep the best state."""
         if loss is None:
-            problem = self.problem
-            loss = self.state.loss(problem.target, problem.prepared.single(), problem.rounding)
+            loss = self._without().loss(self.problem.prepared.single())
         error = math.sqrt(max(loss, 0.0) / self.total)
         self.history.append({"round": turn, "component": component, "error": error})
         low = self.state.low_rank
@@ -312,30 +254,26 @@ class Alternation:
         problem, rank, start = self.problem, self.problem.rank, None
         target = self._without(lr=False)
         if turn == 1 and self.init == "odlri":
-            start = odlri_start(target, problem.prepared, rank)
+            start = odlri_start(target.whole(), problem.prepared, rank)
         if turn == 1 and self.init == "srr" and problem.rounding is not None:
             rank = max(1, srr_split(problem.target, problem.prepared, rank))
         return self._fit(target, rank, start)
 
-    def _without(self, *, lr: bool = True) -> Tensor:
-        """W - Q - L R of the state, or W - Q."""
-        return self.state.subtracted(self.problem.target, self.problem.rounding, lr=lr)
-
-    def _without_lr(self) -> Tensor | Residual:
-        low, target = self.state.low_rank, self.problem.target
-        return target if low is None else Residual(target, low)
+    def _without(self, *, q: bool = True, lr: bool = True) -> Remainder:
+        """W - Q - L R of the state, or W less one of them."""
+        return self.state.remainder(self.problem, q=q, lr=lr)
 
     def _fit(
-        self, target: Tensor, rank: int, start: tuple[Tensor, Tensor] | None = None
+        self, target: Remainder, rank: int, start: tuple[Tensor, Tensor] | None = None
     ) -> LowRank:
         problem, lower = self.problem, None
         if problem.activation_aware_lr:
             hessian, whitening = problem.prepared.single(), problem.prepared.whitening()
             if problem.factor_bits != 16:
                 book = factor_book(problem.factor_codebook, problem.factor_bits)
-                lower = problem.prepared.lower_for(book.dim)
+                lower = partial(problem.prepared.lower_for, book.dim)
         else:
-            hessian = torch.eye(target.shape[1]).to(target)
+            hessian = torch.eye(target.shape[1]).to(problem.target)
             whitening = cholesky_whitening(hessian)
         return fit_low_rank(
             target,
@@ -355,14 +293,14 @@ class Alternation:
         low, rounding = self.state.low_rank, self.problem.rounding
         hessian = self.problem.prepared.single()
         if low is not None and refinable(low):
-            residual = self._without(lr=False)
+            residual = self._without(lr=False).whole()
             low = sweep_right(residual, hessian, sweep_left(residual, hessian, low))
             del residual
             self.state = replace(self.state, low_rank=low)
             self._record("LR", turn, complete=True)
         if rounding is not None and self.state.codes:
             scale, codes = self.state.scale, [c.clone() for c in self.state.codes]
-            swept(self._without_lr(), scale, hessian, rounding.blocks, codes)
+            swept(self._without(q=False), scale, hessian, rounding.blocks, codes)
             self._set_q(codes, scale)
             self._record("Q", turn, complete=True)
 
@@ -383,7 +321,7 @@ class Alternation:
         problem = self.problem
         rounding, prepared = problem.rounding, problem.prepared
         assert rounding is not None
-        residual = self._without_lr()
+        residual = self._without(q=False)
         block = rounding.blocks.codebook.dim
         if not rounding.feedback:
             return quantise_q(residual, prepared.single(), None, rounding)
@@ -395,8 +333,8 @@ class Alternation:
             more_sweeps(residual, hessian, rounding, *found)
             return found[:2]
         shaped = blind_hessian(prepared.whitening(), directions)
-        lower = block_ldl(shaped, block).lower.float()
-        return quantise_q(residual, shaped.float(), lower, rounding)
+        single = shaped.float()
+        return quantise_q(residual, single, unit_lower(cholesky_(shaped, single), block), rounding)
 
     def _blind_directions(self) -> Float[Tensor, "n r"] | None:
         """Directions Q need not look at, or None for the plain Hessian."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -38,13 +38,13 @@ from lplr_q.codebooks.base import make_codebook
 from lplr_q.linalg.hadamard import (
     hadamard_plan,
     random_signs,
-    rotate_weight,
+    rotate_weight_,
     unrotate_rows,
     unrotate_weight,
 )
 from lplr_q.linalg.ldl import require_finite
-from lplr_q.linalg.ldlq import CodebookBlocks, row_chunks, weighted_loss
-from lplr_q.linalg.randsvd import squared_norm
+from lplr_q.linalg.ldlq import CodebookBlocks, weighted_loss
+from lplr_q.linalg.rows import squared_norm
 from workbench.errors import ConfigError, DataError
 
 __all__ = [
@@ -100,10 +100,24 @@ class Decomposition:
 
     def rotated(self) -> Float[Tensor, "m n"]:
         """Q + L R in the rotated basis, from codes."""
-        total = self.q_matrix()
+        return torch.cat([part for _, part in self.decoded()])
+
+    def decoded(self) -> Iterator[tuple[slice, Float[Tensor, "k n"]]]:
+        """:meth:`rotated`, a few rows at a time."""
+        m, n = self.shape
+        blocks = factors = None
+        if self.q_codes:
+            blocks = CodebookBlocks(make_codebook(self.codebook, self.q_bits), n)
         if self.left is not None and self.right is not None:
-            total = total + self.left.decode().T @ self.right.decode()
-        return total
+            factors = self.left.decode().T, self.right.decode()
+        for low in range(0, m, 128):  # whole tiles of every codebook
+            rows = slice(low, min(low + 128, m))
+            part: Tensor = torch.zeros(rows.stop - low, n)
+            if blocks is not None:
+                part = blocks.decode([codes[rows] for codes in self.q_codes]) * self.q_scale
+            if factors is not None:
+                part = part.to(factors[0].device) + factors[0][rows] @ factors[1]
+            yield rows, part
 
     def dequantize(self) -> Float[Tensor, "m n"]:
         """The matrix in its own basis, from codes."""
@@ -181,11 +195,12 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
     compute_lr: bool = True,
     rescale: bool = False,
     generator: torch.Generator | None = None,
+    overwrite: bool = False,
 ) -> Decomposition:
     """Compress one matrix; the best state after every component has been updated once is returned.
 
     Args:
-        weight: the matrix; never changed.
+        weight: the matrix; never changed without ``overwrite``.
         prepared: from :func:`prepare_hessian`; whether it was rotated decides whether W is.
         codebook: name in ``CODEBOOKS``; ``q_bits`` = 0 leaves Q out.
         rank: components of L R; 0 leaves them out.
@@ -207,12 +222,14 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
         compute_q, compute_lr: False leaves the component out.
         rescale: balance input channels and weight columns by d (``Decomposition.rescale``).
         generator: of the output-side signs; needed when ``prepared`` is rotated.
+        overwrite: work in the memory of ``weight``, which is lost, if it is float32.
 
     Raises:
         ConfigError: nothing to do, unknown codebook or bits, rank out of range.
         DataError: non-finite weight, shapes that do not fit.
     """
-    settings = {k: v for k, v in locals().items() if k not in ("weight", "prepared", "generator")}
+    apart = ("weight", "prepared", "generator", "overwrite")
+    settings = {k: v for k, v in locals().items() if k not in apart}
     settings["update_order"] = list(update_order)
     m, n = weight.shape
     order = tuple(update_order)
@@ -241,21 +258,19 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
             multiplier=scale_multiplier,
             search=scale_search,
         )
-    original = weight.detach().float()
+    target = weight.detach().to(torch.float32, copy=not overwrite).contiguous()
     patterns = None
     if rescale:
-        patterns, original, prepared = rescaling(original, prepared)
+        patterns, target, prepared = rescaling(target, prepared)
     signs_out = None
     if prepared.signs_in is not None:
         if generator is None:
             raise ConfigError("the Hessian is rotated: a generator for the output signs is needed")
         signs_out = random_signs(m, generator)
-        original = rotate_weight(original, signs_out, prepared.signs_in)
-    rms = math.sqrt(squared_norm(original) / original.numel())
+        rotate_weight_(target, signs_out, prepared.signs_in)
+    rms = math.sqrt(squared_norm(target) / target.numel())
     power = 2.0 ** round(math.log2(rms)) if rms > 0 else 1.0
-    own = original.data_ptr() != weight.data_ptr()
-    target = original.div_(power) if own else original / power
-    del original
+    target /= power
     problem = Problem(
         target=target,
         prepared=prepared,
@@ -300,6 +315,7 @@ def quip_sharp(
     sweeps: int = 10,
     scale_multiplier: float | None = None,
     generator: torch.Generator | None = None,
+    overwrite: bool = False,
 ) -> Decomposition:
     """The baseline without L R: RHT, LDLQ on E8P, guarded sweeps, one pass.   [QuIP# without
     fine-tuning]
@@ -320,6 +336,7 @@ def quip_sharp(
         refinements=0,
         scale_multiplier=scale_multiplier,
         generator=generator,
+        overwrite=overwrite,
     )
 
 
@@ -353,20 +370,9 @@ def _measured(
     """Errors measured anew from codes alone, against ``target`` times ``power``, and the bits."""
     hessian = prepared.matrix
     loss = total = square = whole = 0.0
-    blocks = None
-    if draft.q_codes:
-        blocks = CodebookBlocks(make_codebook(draft.codebook, draft.q_bits), draft.shape[1])
-    factors = None
-    if draft.left is not None and draft.right is not None:
-        factors = draft.left.decode(), draft.right.decode()
-    for rows in row_chunks(len(target)):
+    for rows, ours in draft.decoded():
         wide = target[rows].double() * power
-        ours = torch.zeros(wide.shape, device=wide.device)
-        if blocks is not None:
-            ours = blocks.decode([codes[rows] for codes in draft.q_codes]) * draft.q_scale
-        if factors is not None:
-            ours = ours + factors[0][:, rows].T @ factors[1]
-        difference = wide - ours.double()
+        difference = wide - ours
         loss += weighted_loss(difference, hessian)
         total += weighted_loss(wide, hessian)
         square += float(_own_inputs(difference, draft).square().sum())

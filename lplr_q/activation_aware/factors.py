@@ -14,6 +14,7 @@ R H R^T (LDLQ over the r components; scalar codebooks only, others run along the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from lplr_q.codebooks.base import Codebook, make_codebook
 from lplr_q.linalg.ldl import block_ldl
-from lplr_q.linalg.ldlq import CodebookBlocks, ldlq, row_chunks, weighted_loss
+from lplr_q.linalg.ldlq import CodebookBlocks, ldlq, weighted_loss
 from lplr_q.linalg.randsvd import RandomisedSVD
 from lplr_q.linalg.regression import Whitening, closed_form
+from lplr_q.linalg.rows import LazyRows, row_chunks
 from lplr_q.linalg.scalar_ldlq import scalar_ldlq
 from workbench.errors import ConfigError
 
@@ -202,12 +204,13 @@ class FactorRounding:
 
     bits: int = 4
     codebook: str = "lloyd-max"
-    lower: Float[Tensor, "n n"] | None = None
-    """M of H in blocks of the codebook's width; None rounds without feedback."""
+    lower: Callable[[], Float[Tensor, "n n"]] | None = None
+    """Gives M of H in blocks of the codebook's width, once the closed form is done; None rounds
+    without feedback."""
 
 
 def fit_low_rank(
-    target: Float[Tensor, "m n"],
+    target: Float[Tensor, "m n"] | LazyRows,
     hessian: Float[Tensor, "n n"],
     whitening: Whitening,
     *,
@@ -227,8 +230,11 @@ def fit_low_rank(
     bits, codebook = rounding.bits, rounding.codebook
     if start is None:
         left, right, constant = closed_form(target, whitening, rank, svd=svd)
-    else:
+    if not isinstance(target, Tensor):  # from here on all rows are needed together
+        target = target.whole()
+    if start is not None:
         (left, right), constant = start, weighted_loss(target, hessian)
+    lower = None if rounding.lower is None else rounding.lower()
     best: LowRank | None = None
 
     def consider(l_codes: QuantisedFactor, r_codes: QuantisedFactor, by_right: _ByRight) -> None:
@@ -246,9 +252,9 @@ def fit_low_rank(
         if best is None or loss < best.loss:
             best = LowRank(l_codes, r_codes, loss)
 
-    r_codes = quantise_factor(right, bits, codebook, lower=rounding.lower)
+    r_codes = quantise_factor(right, bits, codebook, lower=lower)
     by_right = _by_right(target, hessian, r_codes)
-    aware = rounding.lower is not None
+    aware = lower is not None
     if start is not None or not inner_iterations:
         consider(quantise_left(left, bits, codebook, None), r_codes, by_right)
     for _ in range(inner_iterations):
@@ -256,7 +262,7 @@ def fit_low_rank(
         l_codes = quantise_left(left, bits, codebook, by_right.normal if aware else None)
         consider(l_codes, r_codes, by_right)
         right = fit_right(target, l_codes.decode().T.to(target.dtype))
-        r_codes = quantise_factor(right, bits, codebook, lower=rounding.lower)
+        r_codes = quantise_factor(right, bits, codebook, lower=lower)
         by_right = _by_right(target, hessian, r_codes)
         consider(l_codes, r_codes, by_right)
     assert best is not None

@@ -15,7 +15,7 @@ from torch import Tensor
 from lplr_q.linalg.hadamard import (
     random_signs,
     require_hadamard,
-    rotate_hessian_,
+    rotate_weight_,
     unrotate_rows,
 )
 from lplr_q.linalg.ldl import cholesky, cholesky_, regularise, symmetrise_, unit_lower
@@ -98,12 +98,12 @@ def _prepared(matrix: Tensor, signs: Tensor | None, *, compact: bool) -> Prepare
     """Rotates and (if compact) factors in the memory of ``matrix``."""
     channels = matrix.diagonal().clone()
     if signs is not None:
-        rotate_hessian_(matrix, signs)
+        rotate_weight_(matrix, signs, signs)
         symmetrise_(matrix)
     if not compact:
         return PreparedHessian(matrix, {}, cholesky(matrix), signs, channels)
     single = matrix.float()
-    return PreparedHessian(single, {}, cholesky_(matrix).float(), signs, channels)
+    return PreparedHessian(single, {}, cholesky_(matrix, single).float(), signs, channels)
 
 
 def unrotated(prepared: PreparedHessian) -> Float[Tensor, "n n"]:

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lplr_q.activation_aware.factors import LowRank, ascending_levels, factor_book, fit_left
-from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep, row_chunks
+from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep
+from lplr_q.linalg.rows import row_chunks
 
 
 def _ridge(normal: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:

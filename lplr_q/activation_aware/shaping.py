@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lplr_q.linalg.ldl import symmetrise_
 from lplr_q.linalg.regression import Whitening
 
 Q_HESSIANS = ("plain", "downdate", "projq")
@@ -27,9 +28,11 @@ def blind_hessian(whitening: Whitening, directions: Float[Tensor, "n r"]) -> Flo
     """C (I - V V^T) C^T + sigma_2 (1 + mean diag) I for orthonormal V; float64."""
     factor = whitening.forward.double()
     covered = factor @ directions.double()
-    matrix = factor @ factor.T - covered @ covered.T
+    matrix = factor @ factor.T
+    del factor
+    matrix.addmm_(covered, covered.T, alpha=-1)
+    symmetrise_(matrix)
     shift = SIGMA_2 * (1 + float(matrix.diagonal().mean()))
-    matrix = (matrix + matrix.T) / 2
     matrix.diagonal().add_(shift)
     return matrix
 

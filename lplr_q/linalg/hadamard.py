@@ -388,19 +388,16 @@ def rotate_weight(
     weight: Float[Tensor, "m n"], signs_out: Int8[Tensor, " m"], signs_in: Int8[Tensor, " n"]
 ) -> Float[Tensor, "m n"]:
     """W~ = Theta_m diag(s_out) W diag(s_in) Theta_n^T."""
-    if torch.is_grad_enabled() and weight.requires_grad:
-        return rotate_rows(rotate_rows(weight, signs_in).T, signs_out).T.contiguous()
-    rotated = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    _rotate_into(rotated, weight.detach(), signs_in)
-    _rotate_into(rotated.T, rotated.T, signs_out)
-    return rotated
+    return rotate_rows(rotate_rows(weight, signs_in).T, signs_out).T.contiguous()
 
 
-def _rotate_into(goal: Tensor, source: Tensor, signs: Tensor) -> None:
-    """:func:`rotate_rows` of ``source``, which may be ``goal`` itself, a few rows at a time."""
-    rows = max(1, CHUNK // 4 // len(signs))
-    for low in range(0, len(source), rows):
-        goal[low : low + rows] = rotate_rows(source[low : low + rows], signs)
+def rotate_weight_(
+    weight: Float[Tensor, "m n"], signs_out: Int8[Tensor, " m"], signs_in: Int8[Tensor, " n"]
+) -> None:
+    """:func:`rotate_weight` in the memory of ``weight``, a few rows and then columns at a time."""
+    for matrix, signs in ((weight, signs_in), (weight.T, signs_out)):
+        for part in matrix.split(max(1, CHUNK // 4 // len(signs))):
+            part.copy_(rotate_rows(part, signs))
 
 
 def unrotate_weight(
@@ -427,9 +424,3 @@ def rotate_hessian(
     if strict:
         require_hadamard(len(signs_in))
     return rotate_weight(hessian, signs_in, signs_in)
-
-
-def rotate_hessian_(hessian: Float[Tensor, "n n"], signs_in: Int8[Tensor, " n"]) -> None:
-    """:func:`rotate_hessian` in the memory of ``hessian``."""
-    _rotate_into(hessian, hessian, signs_in)
-    _rotate_into(hessian.T, hessian.T, signs_in)

@@ -58,28 +58,22 @@ def cholesky(
     return factor
 
 
-def cholesky_(hessian: Float[Tensor, "n n"], *, what: str = "Hessian") -> Float[Tensor, "n n"]:
-    """:func:`cholesky` of a float64 matrix in its own memory.
-
-    Raises:
-        DataError: as :func:`cholesky`, with the smallest pivot in place of the eigenvalue.
-    """
+def cholesky_(hessian: Float[Tensor, "n n"], copy: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """:func:`cholesky` of a float64 matrix in the memory of the matrix; ``copy`` of it in float32
+    serves where that fails."""
     factor = hessian.mT  # by columns, as the library wants it: no copy
     info = torch.empty(0, dtype=torch.int32, device=hessian.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))
-    if int(info):
-        raise DataError(
-            f"{what} ({len(factor)} wide) is not positive definite: its leading block of "
-            f"{int(info)} is the first that fails; raise sigma_reg or use more calibration tokens"
-        )
-    return factor
+    return cholesky(copy, single=False) if int(info) else factor
 
 
 def unit_lower(factor: Float[Tensor, "n n"], block: int) -> Float[Tensor, "n n"]:
     """M of :func:`block_ldl`, float32, from the Cholesky factor."""
-    if block == 1:
-        return (factor / factor.diagonal()).float().contiguous()
     lower = torch.zeros(factor.shape, dtype=torch.float32, device=factor.device)
+    if block == 1:
+        for goal, part in zip(lower.split(256), factor.split(256), strict=True):
+            goal.copy_(part / factor.diagonal())
+        return lower
     for low, high in block_bounds(len(factor), block):
         lower[low:, low:high] = torch.linalg.solve_triangular(
             factor[low:high, low:high].double(),

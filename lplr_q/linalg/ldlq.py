@@ -19,11 +19,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from lplr_q.codebooks.base import Codebook, decode_matrix, make_codebook, row_groups, rows_of
 from lplr_q.linalg.ldl import block_bounds
+from lplr_q.pack import code_dtype
 
 
 class BlockQuantiser(Protocol):
@@ -56,6 +57,7 @@ class CodebookBlocks:
         self.bounds = block_bounds(n, codebook.dim)
         self.tail = n % codebook.dim
         self.tail_codebook = make_codebook("lloyd-max", int(codebook.bits)) if self.tail else None
+        self.code_dtype = code_dtype(max(*codebook.streams, int(codebook.bits)))
 
     def quantise(
         self, target: Float[Tensor, "m b"], block: int
@@ -76,14 +78,14 @@ class CodebookBlocks:
         )
 
     def decode_packed(
-        self, whole: Int64[Tensor, "m blocks s"] | None, tail: Int64[Tensor, "m t"] | None
+        self, whole: Int[Tensor, "m blocks s"] | None, tail: Int[Tensor, "m t"] | None
     ) -> Float[Tensor, "m n"]:
         """The matrix from the codes of the whole blocks and of the scalar tail."""
         parts = []
         if whole is not None:
-            parts.append(decode_matrix(self.codebook, whole) / self.scale)
+            parts.append(decode_matrix(self.codebook, whole.long()) / self.scale)
         if tail is not None and self.tail_codebook is not None:
-            parts.append(self.tail_codebook.decode(tail[..., None])[..., 0])
+            parts.append(self.tail_codebook.decode(tail.long()[..., None])[..., 0])
         return torch.cat(parts, dim=1)
 
 
@@ -101,9 +103,7 @@ def ldlq(
     error to the columns not yet visited. The result does not depend on ``buffer``.
     """
     lower = lower.to(weight.dtype)
-    error = torch.zeros_like(weight)
-    carried = torch.zeros_like(weight)
-    points = torch.empty_like(weight)
+    points = torch.zeros_like(weight)  # of columns still to come: what is carried to them
     codes: list[Tensor] = [torch.empty(0)] * len(blocks.bounds)
     block = len(blocks.bounds) - 1
     while block >= 0:
@@ -111,16 +111,17 @@ def ldlq(
         first = block
         while first > 0 and end - blocks.bounds[first - 1][0] <= buffer:
             first -= 1
+        start = blocks.bounds[first][0]
+        error = torch.empty_like(weight[:, start:end])
         for k in range(block, first - 1, -1):
             low, high = blocks.bounds[k]
-            target = weight[:, low:high] + carried[:, low:high]
+            target = weight[:, low:high] + points[:, low:high]
             if high < end:
-                target = target + error[:, high:end] @ lower[high:end, low:high]
+                target = target + error[:, high - start :] @ lower[high:end, low:high]
             codes[k], points[:, low:high] = blocks.quantise(target, k)
-            error[:, low:high] = weight[:, low:high] - points[:, low:high]
-        start = blocks.bounds[first][0]
+            error[:, low - start : high - start] = weight[:, low:high] - points[:, low:high]
         if start:
-            carried[:, :start] += error[:, start:end] @ lower[start:end, :start]
+            points[:, :start] += error @ lower[start:end, :start]
         block = first - 1
     return codes, points
 
@@ -233,10 +234,3 @@ def _wide_loss(error: Tensor, hessian: Tensor) -> float:
         for columns, own in zip(hessian.split(256, dim=1), rows.split(256, dim=1), strict=True):
             total += float((rows @ columns.double()).mul_(own).sum())
     return total
-
-
-def row_chunks(m: int) -> list[slice]:
-    """Rows that are worked on together where every row stands alone: few enough that what is held
-    for them counts little beside the matrix, and whole tiles of every codebook."""
-    size = min(512, max(256, m // 4 // 64 * 64))
-    return [slice(low, min(low + size, m)) for low in range(0, m, size)]

@@ -20,10 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-
-def squared_norm(matrix: Float[Tensor, "m n"]) -> float:
-    """|A|^2 in float64, a few rows at a time."""
-    return sum(float(rows.square().sum(dtype=torch.float64)) for rows in matrix.split(256))
+from lplr_q.linalg.rows import squared_norm
 
 
 def default_oversampling(rank: int) -> int:
@@ -90,7 +87,7 @@ class RandomisedSVD:
         width, losses = block.shape[1], []
         space, images = block, matrix @ block
         while True:
-            gram = images.T.double() @ images.double()
+            gram = sum(part.T @ part for part in map(Tensor.double, images.split(256)))
             values, turned = torch.linalg.eigh(gram)
             losses.append(total - float(values[-rank:].sum()))
             decay = float(values[-width].clamp_min(0) / values[-rank].clamp_min(1e-300)) ** 2

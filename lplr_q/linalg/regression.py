@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lplr_q.linalg.randsvd import RandomisedSVD, squared_norm
+from lplr_q.linalg.randsvd import RandomisedSVD
+from lplr_q.linalg.rows import Rows, squared_norm, times
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def rank_constrained_regression(
 
 
 def closed_form(
-    target: Float[Tensor, "m n"],
+    target: Rows,
     whitening: Whitening,
     rank: int,
     *,
@@ -73,7 +74,7 @@ def closed_form(
     """L and R as :func:`rank_constrained_regression`, by ``svd`` when given, and
     tr(A H A^T) = |A C|^2."""
     whitening = whitening.to(target.dtype)
-    product = target @ whitening.forward
+    product = times(target, whitening.forward)
     energy = squared_norm(product)
     if svd is None:
         u, s, zt = torch.linalg.svd(product, full_matrices=False)
