@@ -198,6 +198,10 @@ def fit_right(target: Float[Tensor, "m n"], left: Float[Tensor, "m r"]) -> Float
     return _solve(left.T @ left, left.T @ target)
 
 
+def _whole(target: Tensor | LazyRows) -> Float[Tensor, "m n"]:
+    return target if isinstance(target, Tensor) else target.whole()
+
+
 @dataclass(frozen=True)
 class FactorRounding:
     """How L and R are rounded."""
@@ -230,10 +234,10 @@ def fit_low_rank(
     bits, codebook = rounding.bits, rounding.codebook
     if start is None:
         left, right, constant = closed_form(target, whitening, rank, svd=svd)
-    if not isinstance(target, Tensor):  # from here on all rows are needed together
-        target = target.whole()
-    if start is not None:
-        (left, right), constant = start, weighted_loss(target, hessian)
+        target = _whole(target)  # only now: the closed form takes as much memory
+    else:
+        (left, right), target = start, _whole(target)
+        constant = weighted_loss(target, hessian)
     lower = None if rounding.lower is None else rounding.lower()
     best: LowRank | None = None
 

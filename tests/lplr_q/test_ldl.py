@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lplr_q.codebooks.base import make_codebook
-from lplr_q.linalg.ldl import block_bounds, block_ldl, cholesky
+from lplr_q.linalg.ldl import block_bounds, block_ldl, cholesky, cholesky_
 from lplr_q.linalg.ldlq import CodebookBlocks, ldlq, weighted_loss
 from workbench.errors import DataError
 
@@ -68,3 +68,5 @@ def test_indefinite_matrix_is_refused_with_advice():
     matrix = torch.diag(torch.tensor([1.0, 2.0, -0.5]))
     with pytest.raises(DataError, match=r"smallest eigenvalue -0.5; raise sigma_reg"):
         cholesky(matrix, single=True)
+    with pytest.raises(DataError, match=r"smallest eigenvalue -0.5; raise sigma_reg"):
+        cholesky_(matrix.double(), matrix)

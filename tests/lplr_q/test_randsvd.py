@@ -64,3 +64,23 @@ def test_oversampling_and_the_energy_of_the_closed_form():
     assert energy == pytest.approx(float(values.square().sum()), rel=1e-5)
     tail = float(values[5:].square().sum())
     assert float((matrix - left @ right).square().sum()) == pytest.approx(tail, rel=1e-4)
+
+
+@pytest.mark.parametrize(("m", "n", "rank"), [(320, 400, 16), (400, 320, 8)])
+def test_nearly_flat_spectra_settle_in_the_krylov_space(m, n, rank):
+    matrix = torch.randn(m, n, generator=torch.Generator().manual_seed(2))
+    svd = RandomisedSVD(limit=2)
+    u, s, zt = svd(matrix, rank)
+    assert svd.log[0].startswith("krylov")
+    values = torch.linalg.svdvals(matrix)
+    torch.testing.assert_close(s, values[:rank], rtol=2e-3, atol=0)
+    loss = float((matrix - (u * s) @ zt).double().square().sum())
+    optimum = float(values[rank:].double().square().sum())
+    assert optimum * (1 - 1e-4) < loss < optimum * (1 + 1e-3)
+    torch.testing.assert_close(u.T @ u, torch.eye(rank), rtol=0, atol=1e-4)
+    torch.testing.assert_close(zt @ zt.T, torch.eye(rank), rtol=0, atol=1e-4)
+    svd(matrix, rank)  # its subspace serves the next call
+    assert svd.log[1].startswith("warm")
+    # the subspace iteration it stands in for would not have been done
+    _, s, _ = RandomisedSVD(limit=2, tolerance=1.0)(matrix, rank)
+    assert not torch.allclose(s, values[:rank], rtol=2e-3, atol=0)
