@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from lplr_q.linalg.ldl import cholesky, require_finite
+from lplr_q.linalg.ldl import cholesky_, require_finite
 from workbench.errors import ConfigError, DataError
 
 
@@ -50,7 +50,7 @@ def min_max_grid(block: Float[Tensor, "m b"], bits: int, *, symmetric: bool = Fa
 class Rounded:
     """Integer codes, the grids of all groups, and the matrix they decode to."""
 
-    codes: Int64[Tensor, "m n"]
+    codes: UInt8[Tensor, "m n"]
     grids: list[GroupGrid]
     group: int
     weight: Float[Tensor, "m n"]
@@ -74,10 +74,19 @@ def round_to_nearest(
         block = weight[:, low : low + group]
         grid = min_max_grid(block, bits, symmetric=symmetric)
         c, p = grid.round(block)
-        codes.append(c)
+        codes.append(c.to(torch.uint8))
         points.append(p)
         grids.append(grid)
     return Rounded(torch.cat(codes, 1), grids, group, torch.cat(points, 1))
+
+
+def _upper_factor_of_inverse(hessian: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """U with U^T U = H^-1, float64; everything happens in one copy of H."""
+    factor = cholesky_(hessian.to(torch.float64, copy=True), hessian)
+    factor = torch.cholesky_inverse(factor, out=factor)
+    info = torch.empty(0, dtype=torch.int32, device=factor.device)
+    torch.linalg.cholesky_ex(factor, upper=True, check_errors=True, out=(factor, info))
+    return factor
 
 
 def gptq(
@@ -105,10 +114,9 @@ def gptq(
     if hessian.shape != (n, n):
         raise DataError(f"Hessian of shape {tuple(hessian.shape)} for a weight with {n} inputs")
     require_finite("Hessian", hessian)
-    inverse = torch.cholesky_inverse(cholesky(hessian))
-    upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    upper = _upper_factor_of_inverse(hessian).to(weight.dtype)
     work = weight.clone()
-    codes = torch.empty(m, n, dtype=torch.long, device=weight.device)
+    codes = torch.empty(m, n, dtype=torch.uint8, device=weight.device)
     points = torch.empty_like(work)
     grids: list[GroupGrid] = []
     for low in range(0, n, buffer):

@@ -35,6 +35,7 @@ from lplr_q.baselines import gptq, round_to_nearest
 from lplr_q.bits import group_bits
 from lplr_q.linalg.ldl import regularise
 from lplr_q.linalg.ldlq import weighted_loss
+from lplr_q.linalg.rows import row_chunks, squared_norm
 from lplr_q.manifest import (
     MANIFEST,
     agree_on_manifest,
@@ -164,8 +165,15 @@ def round_sublayer(
         rounded = round_to_nearest(weight, bits=bits, group=group).weight
     else:
         rounded = gptq(weight, hessian, bits=bits, group=group).weight
-    difference = (weight - rounded).double()
-    total = max(weighted_loss(weight.double(), hessian), 1e-300)
+    loss = total = square = whole = 0.0
+    for rows in row_chunks(m):
+        wide = weight[rows].double()
+        difference = wide - rounded[rows]
+        loss, total = (
+            loss + weighted_loss(difference, hessian),
+            total + weighted_loss(wide, hessian),
+        )
+        square, whole = square + squared_norm(difference), whole + squared_norm(wide)
     return {
         "buffers": {"weight": rounded.cpu()},
         "settings": {
@@ -175,8 +183,8 @@ def round_sublayer(
             "bits": bits,
             "group": group,
         },
-        "error": math.sqrt(weighted_loss(difference, hessian) / total),
-        "frobenius": float(difference.norm() / weight.double().norm().clamp_min(1e-300)),
+        "error": math.sqrt(loss / max(total, 1e-300)),
+        "frobenius": math.sqrt(square / max(whole, 1e-300)),
         "bits_per_weight": group_bits(m, n, bits=bits, group=group),
         "history": [],
     }
@@ -270,7 +278,9 @@ def compress_one(
     if settings.method in ("rtn", "gptq"):
         if "hessian" not in shared:
             matrix = calibration.of(name).matrix().to(device)
-            shared["hessian"] = regularise(matrix, sigma=settings.sigma_reg, name=name)
+            matrix = regularise(matrix, sigma=settings.sigma_reg, name=name, overwrite=True)
+            shared["hessian"] = matrix.float()
+            del matrix
         return round_sublayer(weight, shared["hessian"], settings)
     generator_of = Streams(settings.seed).torch
     if "prepared" not in shared:

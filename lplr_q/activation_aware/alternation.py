@@ -332,9 +332,15 @@ class Alternation:
             prepared.lower.clear()  # the sweeps do not need it
             more_sweeps(residual, hessian, rounding, *found)
             return found[:2]
-        shaped = blind_hessian(prepared.whitening(), directions)
-        single = shaped.float()
-        return quantise_q(residual, single, unit_lower(cholesky_(shaped, single), block), rounding)
+        prepared.lower.clear()
+        return quantise_q(residual, *self._shaped(directions, block), rounding)
+
+    def _shaped(self, directions: Float[Tensor, "n r"], block: int) -> tuple[Tensor, Tensor]:
+        """The Hessian that is blind to these directions and its M, in float32."""
+        prepared = self.problem.prepared
+        matrix = blind_hessian(prepared.matrix, prepared.whitening(), directions)
+        single = matrix.float()
+        return single, unit_lower(cholesky_(matrix, single), block)
 
     def _blind_directions(self) -> Float[Tensor, "n r"] | None:
         """Directions Q need not look at, or None for the plain Hessian."""

@@ -24,13 +24,13 @@ Q_HESSIANS = ("plain", "downdate", "projq")
 SIGMA_2 = 1e-2
 
 
-def blind_hessian(whitening: Whitening, directions: Float[Tensor, "n r"]) -> Float[Tensor, "n n"]:
-    """C (I - V V^T) C^T + sigma_2 (1 + mean diag) I for orthonormal V; float64."""
-    factor = whitening.forward.double()
-    covered = factor @ directions.double()
-    matrix = factor @ factor.T
-    del factor
-    matrix.addmm_(covered, covered.T, alpha=-1)
+def blind_hessian(
+    hessian: Float[Tensor, "n n"], whitening: Whitening, directions: Float[Tensor, "n r"]
+) -> Float[Tensor, "n n"]:
+    """C (I - V V^T) C^T + sigma_2 (1 + mean diag) I for orthonormal V and H = C C^T; float64."""
+    wide = directions.double()
+    covered = torch.cat([rows.double() @ wide for rows in whitening.forward.split(256)])
+    matrix = hessian.to(torch.float64, copy=True).addmm_(covered, covered.T, alpha=-1)
     symmetrise_(matrix)
     shift = SIGMA_2 * (1 + float(matrix.diagonal().mean()))
     matrix.diagonal().add_(shift)

@@ -62,7 +62,7 @@ def test_blind_hessian_is_flat_where_the_factors_look():
     whitening = cholesky_whitening(prepared.factor)
     right = torch.randn(5, 24, generator=generator(), dtype=torch.float64)
     directions = covered_directions(right, whitening)
-    shaped = blind_hessian(whitening, directions)
+    shaped = blind_hessian(prepared.matrix, whitening, directions)
     shift = torch.linalg.eigvalsh(shaped)[0]
     middle = shaped - shift * torch.eye(24)
     inverse = torch.linalg.inv(prepared.factor)
