@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lplr_q.bits import FactorBits
 from lplr_q.prediction import FIELDS, Choice, Survey, choices_for, fit_probes, predict
 from workbench import storage
 from workbench.errors import ConfigError, DataError
@@ -215,7 +216,7 @@ def build_item(
     target: float,
     sensitivity: float | None = None,
     codebooks: Sequence[str] = ("e8p",),
-    factor_bits: int = 4,
+    factor_bits: FactorBits = 4,
 ) -> Item:
     """Candidates of one sublayer with predicted errors.
 
@@ -264,8 +265,13 @@ def read_allocation(path: Path | str) -> dict[str, dict[str, Any]]:
     for name, entry in modules.items():
         if not isinstance(entry, dict) or set(entry) != set(FIELDS):
             raise DataError(f"{path}: {name} holds {entry!r}; expected {', '.join(FIELDS)}")
-        for field, kind in FIELDS.items():
-            if not isinstance(entry[field], kind) or isinstance(entry[field], bool):
+        for field in FIELDS:
+            kind = str if field == "codebook" else int
+            value = entry[field]
+            pair = field == "factor_bits" and isinstance(value, list) and len(value) == 2
+            for one in value if pair else [value]:
+                if isinstance(one, kind) and not isinstance(one, bool):
+                    continue
                 raise DataError(f"{path}: {name}.{field} is {entry[field]!r}, no {kind.__name__}")
         if entry["rank"] < 0 or entry["q_bits"] < 0:
             raise DataError(f"{path}: {name} has a negative rank or width: {entry}")

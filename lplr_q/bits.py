@@ -39,8 +39,13 @@ def factor_pair(bits: FactorBits) -> tuple[int, int]:
     return pair
 
 
-def joined_pair(left: int, right: int) -> FactorBits:
-    """One number where both are equal: the inverse of :func:`factor_pair`."""
+def one_or_two(bits: FactorBits) -> FactorBits:
+    """One number where both are equal, a list from a file as a tuple.
+
+    >>> one_or_two((4, 4)), one_or_two([3, 16])
+    (4, (3, 16))
+    """
+    left, right = factor_pair(bits)
     return left if left == right else (left, right)
 
 

@@ -71,8 +71,8 @@ class Experiment(LayerStudy):
     """Bits of Q."""
     rank: int | None = None
     """Components of L R; None: as many as the budget holds."""
-    factor_bits: int = 4
-    """Bits per entry of L and R; 16 keeps them in bfloat16."""
+    factor_bits: int | tuple[int, int] = 4
+    """Bits per entry of L and R, or two numbers: of L, of R; 16 keeps them in bfloat16."""
     rounds: int = 4
     """Outer rounds of the alternation."""
     inner_iterations: int = 5

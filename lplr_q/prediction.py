@@ -25,14 +25,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lplr_q.activation_aware.decompose import PreparedHessian
-from lplr_q.bits import layer_bits, rank_for_budget
+from lplr_q.bits import FactorBits, factor_pair, layer_bits, one_or_two, rank_for_budget
 from lplr_q.codebooks.base import make_codebook
 from lplr_q.linalg.hadamard import rotate_weight
 from workbench.errors import ConfigError
 
 RANKS = (0, 1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 WIDTHS = (1, 2, 3, 4)
-FIELDS = {"codebook": str, "q_bits": int, "rank": int, "factor_bits": int}
+FIELDS = ("codebook", "q_bits", "rank", "factor_bits")
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,21 @@ class Choice:
     codebook: str
     q_bits: int
     rank: int
-    factor_bits: int
+    factor_bits: FactorBits
+    """Bits per entry of L and R; two numbers where they differ."""
     bits: int = 0
     error2: float = float("nan")
 
+    def __post_init__(self) -> None:
+        """A list read from a file is as good as a tuple."""
+        object.__setattr__(self, "factor_bits", one_or_two(self.factor_bits))
+
     def entry(self) -> dict[str, Any]:
         """As written to an allocation file."""
-        return {name: getattr(self, name) for name in FIELDS}
+        found = {name: getattr(self, name) for name in FIELDS}
+        if isinstance(self.factor_bits, tuple):
+            found["factor_bits"] = list(self.factor_bits)
+        return found
 
 
 # ---------------------------------------------------------------- the prediction
@@ -136,9 +144,14 @@ class Fit:
         return own[low] ** (1 - share) * own[high] ** share
 
 
-def least_kappa(factor_bits: int) -> float:
-    """A quarter of the scalar quantiser's distortion: rounded factors are never free."""
-    return distortion("lloyd-max", min(8, factor_bits)) / 4
+def least_kappa(factor_bits: FactorBits) -> float:
+    """A quarter of the scalar quantiser's distortion, the mean over L and R: rounded factors are
+    never free."""
+    parts = (
+        0.0 if bits == 16 else distortion("lloyd-max", min(8, bits)) / 4
+        for bits in factor_pair(factor_bits)
+    )
+    return sum(parts) / 2
 
 
 def predict(spectrum: Spectrum, choice: Choice, fit: Fit | None = None) -> float:
@@ -227,7 +240,7 @@ def choices_for(
     n: int,
     *,
     codebooks: Sequence[str] = ("e8p",),
-    factor_bits: int = 4,
+    factor_bits: FactorBits = 4,
     ranks: Iterable[int] = RANKS,
     target: float | None = None,
     rotated: bool = True,
@@ -259,7 +272,13 @@ def choices_for(
 
 
 def _filling(
-    m: int, n: int, target: float, codebook: str, q_bits: int, factor_bits: int, rotated: bool
+    m: int,
+    n: int,
+    target: float,
+    codebook: str,
+    q_bits: int,
+    factor_bits: FactorBits,
+    rotated: bool,
 ) -> int:
     """Largest rank within the target, -1 when Q alone exceeds it."""
     return rank_for_budget(
@@ -294,7 +313,10 @@ class Survey:
             "power": known.power,
             "noise": {str(block): value for block, value in known.noise.items()},
             "energy": known.energy,
-            "measured": [{**dataclasses.asdict(c), "error2": e} for c, e in self.measured.items()],
+            "measured": [
+                {**dataclasses.asdict(c), **c.entry(), "error2": e}
+                for c, e in self.measured.items()
+            ],
             "rotated": self.rotated,
         }
 
@@ -321,7 +343,7 @@ def survey(
     measure: Callable[[Choice], float] | None = None,
     *,
     codebooks: Sequence[str] = ("e8p",),
-    factor_bits: int = 4,
+    factor_bits: FactorBits = 4,
     limit: int = 3,
 ) -> Survey:
     """Spectrum of a sublayer and e of at most ``limit`` real decompositions per codebook.

@@ -8,7 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lplr_q.bits import group_bits, group_for_budget, rank_for_budget
+from lplr_q.bits import (
+    FactorBits,
+    group_bits,
+    group_for_budget,
+    one_or_two,
+    rank_for_budget,
+)
 from workbench.errors import ConfigError, unknown_name
 
 METHODS = ("lplr-ldlq", "quip-sharp", "lplr", "rtn", "gptq")
@@ -27,8 +33,8 @@ class CompressionSettings:
     """Bits of Q; None takes the widest that fits."""
     try_widths: int = 1
     """With q_bits None: how many widths to try, widest first; the smallest error wins."""
-    factor_bits: int = 4
-    """Bits per entry of L and R."""
+    factor_bits: FactorBits = 4
+    """Bits per entry of L and R; two numbers: of L, of R."""
     rounds: int = 3
     inner_iterations: int = 5
     sweeps: int = 2
@@ -66,6 +72,7 @@ class CompressionSettings:
 
     def __post_init__(self) -> None:
         """Settings that cannot work together."""
+        object.__setattr__(self, "factor_bits", one_or_two(self.factor_bits))
         if self.method not in METHODS:
             raise unknown_name("method", self.method, METHODS)
         rounding = self.method in ("rtn", "gptq")

@@ -40,8 +40,8 @@ class Experiment:
     """Bits of Q."""
     rank: int = 8
     """Components of L R in every layer."""
-    factor_bits: int = 4
-    """Bits per entry of L and R."""
+    factor_bits: int | tuple[int, int] = 4
+    """Bits per entry of L and R, or two numbers: of L, of R."""
     variants: tuple[str, ...] = VARIANTS
     """dense, dequant, kernel, cached."""
     without_factors: bool = True
@@ -122,7 +122,7 @@ def put_random_codes(
     codebook: str,
     q_bits: int,
     rank: int,
-    factor_bits: int,
+    factor_bits: int | tuple[int, int],
     *,
     generator: torch.Generator,
 ) -> int:
@@ -151,7 +151,7 @@ def put_random_codes(
                 buffer.fill_(int(torch.tensor(0.1 * rms**0.5).bfloat16().view(torch.int16)))
             elif buffer.dtype == torch.uint8:
                 buffer.random_(0, 256, generator=generator)
-            elif key.endswith("_codes") and factor_bits == 16 and not key.startswith("q"):
+            elif key in ("l_codes", "r_codes") and layer.form.side_bits(key[0]) == 16:
                 values = torch.randn(buffer.shape, generator=generator) * 0.1 * rms**0.5
                 buffer.copy_(values.bfloat16().view(torch.int16))
             else:

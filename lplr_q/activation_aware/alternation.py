@@ -30,6 +30,7 @@ from lplr_q.activation_aware.prepared import PreparedHessian
 from lplr_q.activation_aware.refine import refinable, sweep_left, sweep_right
 from lplr_q.activation_aware.remainder import CodedQ, Remainder
 from lplr_q.activation_aware.shaping import Q_HESSIANS, blind_hessian, covered_directions
+from lplr_q.bits import FactorBits, factor_pair
 from lplr_q.linalg.ldl import cholesky_, unit_lower
 from lplr_q.linalg.ldlq import (
     CodebookBlocks,
@@ -169,7 +170,7 @@ class Problem:
     prepared: PreparedHessian
     rounding: QRounding | None
     rank: int = 0
-    factor_bits: int = 4
+    factor_bits: FactorBits = 4
     factor_codebook: str = "lloyd-max"
     inner_iterations: int = 5
     activation_aware_lr: bool = True
@@ -269,9 +270,10 @@ class Alternation:
         problem, lower = self.problem, None
         if problem.activation_aware_lr:
             hessian, whitening = problem.prepared.single(), problem.prepared.whitening()
-            if problem.factor_bits != 16:
-                book = factor_book(problem.factor_codebook, problem.factor_bits)
-                lower = partial(problem.prepared.lower_for, book.dim)
+            l_bits, r_bits = factor_pair(problem.factor_bits)
+            if (l_bits, r_bits) != (16, 16):
+                width = 1 if r_bits == 16 else factor_book(problem.factor_codebook, r_bits).dim
+                lower = partial(problem.prepared.lower_for, width)
         else:
             hessian = torch.eye(target.shape[1]).to(problem.target)
             whitening = cholesky_whitening(hessian)
@@ -409,7 +411,7 @@ def run_alternation(
     if q_hessian == "auto":
         run = min((begun(run.init, name) for name in Q_HESSIANS), key=lambda r: r.best_error)
     turn = _more_rounds(run, rounds)
-    if problem.factor_bits == 16 and run.steps[-1] == "Q":
+    if 16 in factor_pair(problem.factor_bits) and run.steps[-1] == "Q":
         run.update("LR", turn + 1)  # exact factors repair Q's last error; rounded ones would not
     for extra in range(1, refinements + 1):
         before = run.best_error

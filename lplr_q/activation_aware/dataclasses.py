@@ -187,7 +187,7 @@ class LPLRParams:
     L_bits: int = 2
     """Bits per entry of L; 16 keeps it in bfloat16."""
     R_bits: int = 2
-    """Bits per entry of R; the same as of L."""
+    """Bits per entry of R; 16 keeps it in bfloat16."""
     rank: int = 64
     """Components of L R; clipped, with a warning, where a matrix is smaller."""
     ft_rank: int = 0
@@ -253,14 +253,10 @@ class LPLRParams:
     def _check_numbers(self) -> None:
         require_least(self, 0, "rank", "ft_rank", "lplr_iters")
         require_least(self, 1, "iters", "lattice_quant_block_size")
-        if self.L_bits != self.R_bits:
-            raise ConfigError(
-                f"L_bits={self.L_bits} and R_bits={self.R_bits}: both factors are stored with the "
-                "same number of bits; make them equal"
-            )
-        if self.L_bits not in FACTOR_BITS:
-            choices = ", ".join(map(str, FACTOR_BITS))
-            raise ConfigError(f"L_bits=R_bits={self.L_bits}; choose from {choices}")
+        for name in ("L_bits", "R_bits"):
+            if getattr(self, name) not in FACTOR_BITS:
+                choices = ", ".join(map(str, FACTOR_BITS))
+                raise ConfigError(f"{name}={getattr(self, name)}; choose from {choices}")
         if self.ft_rank > self.rank and self.target_bpw is None:
             raise ConfigError(f"ft_rank={self.ft_rank} of only rank={self.rank} components")
         if self.target_bpw is not None and not 0 < self.target_bpw <= 16:
@@ -291,10 +287,11 @@ class LPLRParams:
             from lplr_q.codebooks.base import make_codebook
 
             make_codebook(self.q_codebook, self.Q_bits)
-        if self.has_low_rank and self.lr_codebook != "lloyd-max" and self.L_bits != 16:
+        if self.has_low_rank and self.lr_codebook != "lloyd-max":
             from lplr_q.activation_aware.factors import factor_book
 
-            factor_book(self.lr_codebook, self.L_bits)
+            for bits in {self.L_bits, self.R_bits} - {16}:
+                factor_book(self.lr_codebook, bits)
 
     # ------------------------------------------------------------ what follows from them
 
@@ -330,6 +327,11 @@ class LPLRParams:
         return self.codebook or ("e8p" if self.lattice_quant_Q else "lloyd-max")
 
     @property
+    def factor_bits(self) -> int | tuple[int, int]:
+        """Bits per entry of L and R: one number where they are equal."""
+        return self.L_bits if self.L_bits == self.R_bits else (self.L_bits, self.R_bits)
+
+    @property
     def lr_codebook(self) -> str:
         """Codebook of L and R."""
         return self.factor_codebook or ("e8p" if self.lattice_quant_LR else "lloyd-max")
@@ -353,7 +355,7 @@ class LPLRParams:
                 self.target_bpw,
                 codebook=self.q_codebook,
                 q_bits=self.Q_bits if self.has_q else 0,
-                factor_bits=self.L_bits,
+                factor_bits=self.factor_bits,
                 rotated=self.rotated,
                 factor_codebook=self.lr_codebook,
                 rescaled=self.quip_args.rescale_WH,
@@ -385,7 +387,7 @@ class LPLRParams:
             "codebook": self.q_codebook,
             "q_bits": self.Q_bits,
             "rank": rank if self.has_low_rank else 0,
-            "factor_bits": self.L_bits,
+            "factor_bits": self.factor_bits,
             "factor_codebook": self.lr_codebook,
             "rounds": self.iters,
             "inner_iterations": self.lplr_iters,

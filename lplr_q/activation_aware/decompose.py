@@ -33,7 +33,7 @@ from lplr_q.activation_aware.factors import QuantisedFactor, factor_book
 from lplr_q.activation_aware.initial import INITS
 from lplr_q.activation_aware.prepared import PreparedHessian, prepare_hessian, rescaling
 from lplr_q.activation_aware.shaping import Q_HESSIANS
-from lplr_q.bits import LayerBits, layer_bits
+from lplr_q.bits import FactorBits, LayerBits, factor_pair, layer_bits, one_or_two
 from lplr_q.codebooks.base import make_codebook
 from lplr_q.linalg.hadamard import (
     hadamard_plan,
@@ -177,7 +177,7 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
     codebook: str = "e8p",
     q_bits: int = 2,
     rank: int = 0,
-    factor_bits: int = 4,
+    factor_bits: FactorBits = 4,
     factor_codebook: str = "lloyd-max",
     rounds: int = 3,
     inner_iterations: int = 5,
@@ -204,7 +204,7 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
         prepared: from :func:`prepare_hessian`; whether it was rotated decides whether W is.
         codebook: name in ``CODEBOOKS``; ``q_bits`` = 0 leaves Q out.
         rank: components of L R; 0 leaves them out.
-        factor_bits: bits per entry of L and R, 16 = bfloat16.
+        factor_bits: bits per entry of L and R, or a pair: of L, of R; 16 = bfloat16.
         factor_codebook: codebook of L and R (``lloyd-max``, ``uniform``, ``e8p``, ...).
         rounds: outer rounds T; stops early when three rounds gain less than 0.1 %.
         inner_iterations: least-squares steps of each factor within one LR step.
@@ -231,6 +231,8 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
     apart = ("weight", "prepared", "generator", "overwrite")
     settings = {k: v for k, v in locals().items() if k not in apart}
     settings["update_order"] = list(update_order)
+    if not isinstance(factor_bits, int):
+        settings["factor_bits"] = list(factor_bits)
     m, n = weight.shape
     order = tuple(update_order)
     q_bits = q_bits if compute_q and ("Q" in order or not order) else 0
@@ -244,8 +246,9 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
         q_hessian=q_hessian,
         update_order=order,
     )
-    if rank and factor_bits != 16:
-        factor_book(factor_codebook, factor_bits)
+    factor_bits = one_or_two(factor_bits)
+    for bits in {*factor_pair(factor_bits)} - {16} if rank else ():
+        factor_book(factor_codebook, bits)
     require_finite("weight", weight)
     if prepared.matrix.shape[0] != n:
         raise DataError(f"Hessian of width {prepared.matrix.shape[0]} for {n} inputs")
@@ -377,7 +380,7 @@ def _measured(
         total += weighted_loss(wide, hessian)
         square += float(_own_inputs(difference, draft).square().sum())
         whole += float(_own_inputs(wide, draft).square().sum())
-    left = draft.left
+    left, right = draft.left, draft.right
     return replace(
         draft,
         error=math.sqrt(loss / max(total, 1e-300)),
@@ -387,7 +390,7 @@ def _measured(
             codebook=draft.codebook,
             q_bits=draft.q_bits,
             rank=draft.rank,
-            factor_bits=left.bits if left is not None else 16,
+            factor_bits=16 if left is None or right is None else (left.bits, right.bits),
             rotated=draft.signs_out is not None,
             factor_codebook=left.codebook if left is not None else "lloyd-max",
             rescaled=draft.rescale is not None,

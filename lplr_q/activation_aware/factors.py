@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int16, Int64
 from torch import Tensor
 
+from lplr_q.bits import FactorBits, factor_pair
 from lplr_q.codebooks.base import Codebook, make_codebook
 from lplr_q.linalg.ldl import block_ldl
 from lplr_q.linalg.ldlq import CodebookBlocks, ldlq, weighted_loss
@@ -206,11 +207,12 @@ def _whole(target: Tensor | LazyRows) -> Float[Tensor, "m n"]:
 class FactorRounding:
     """How L and R are rounded."""
 
-    bits: int = 4
+    bits: FactorBits = 4
+    """Per entry of both, or of L and of R."""
     codebook: str = "lloyd-max"
     lower: Callable[[], Float[Tensor, "n n"]] | None = None
-    """Gives M of H in blocks of the codebook's width, once the closed form is done; None rounds
-    without feedback."""
+    """Gives M of H in blocks of the width of R's codebook, once the closed form is done and if R
+    has codes; None rounds both without feedback."""
 
 
 def fit_low_rank(
@@ -231,14 +233,15 @@ def fit_low_rank(
     tr(A H A^T) - 2 tr(L^T A H R^T) + tr(L^T L R H R^T).
     """
     rounding = rounding or FactorRounding()
-    bits, codebook = rounding.bits, rounding.codebook
+    (l_bits, r_bits), codebook = factor_pair(rounding.bits), rounding.codebook
     if start is None:
         left, right, constant = closed_form(target, whitening, rank, svd=svd)
         target = _whole(target)  # only now: the closed form takes as much memory
     else:
         (left, right), target = start, _whole(target)
         constant = weighted_loss(target, hessian)
-    lower = None if rounding.lower is None else rounding.lower()
+    aware = rounding.lower is not None
+    lower = None if rounding.lower is None or r_bits == 16 else rounding.lower()
     best: LowRank | None = None
 
     def consider(l_codes: QuantisedFactor, r_codes: QuantisedFactor, by_right: _ByRight) -> None:
@@ -256,17 +259,16 @@ def fit_low_rank(
         if best is None or loss < best.loss:
             best = LowRank(l_codes, r_codes, loss)
 
-    r_codes = quantise_factor(right, bits, codebook, lower=lower)
+    r_codes = quantise_factor(right, r_bits, codebook, lower=lower)
     by_right = _by_right(target, hessian, r_codes)
-    aware = lower is not None
     if start is not None or not inner_iterations:
-        consider(quantise_left(left, bits, codebook, None), r_codes, by_right)
+        consider(quantise_left(left, l_bits, codebook, None), r_codes, by_right)
     for _ in range(inner_iterations):
         left = _solve(by_right.normal, by_right.cross).T
-        l_codes = quantise_left(left, bits, codebook, by_right.normal if aware else None)
+        l_codes = quantise_left(left, l_bits, codebook, by_right.normal if aware else None)
         consider(l_codes, r_codes, by_right)
         right = fit_right(target, l_codes.decode().T.to(target.dtype))
-        r_codes = quantise_factor(right, bits, codebook, lower=lower)
+        r_codes = quantise_factor(right, r_bits, codebook, lower=lower)
         by_right = _by_right(target, hessian, r_codes)
         consider(l_codes, r_codes, by_right)
     assert best is not None

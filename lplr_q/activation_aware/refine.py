@@ -14,7 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lplr_q.activation_aware.factors import LowRank, ascending_levels, factor_book, fit_left
+from lplr_q.activation_aware.factors import (
+    LowRank,
+    QuantisedFactor,
+    ascending_levels,
+    factor_book,
+    fit_left,
+)
 from lplr_q.linalg.ldlq import CodebookBlocks, guarded_sweep
 from lplr_q.linalg.rows import row_chunks
 
@@ -28,7 +34,10 @@ def _ridge(normal: Float[Tensor, "r r"]) -> Float[Tensor, "r r"]:
 def sweep_left(
     target: Float[Tensor, "m n"], hessian: Float[Tensor, "n n"], low: LowRank
 ) -> LowRank:
-    """New codes of L where they lower tr((L - L*) R H R^T (L - L*)^T), L* the best L for R."""
+    """New codes of L where they lower tr((L - L*) R H R^T (L - L*)^T), L* the best L for R; the
+    same ones where they cannot be swept."""
+    if not sweepable(low.left):
+        return low
     right = low.right.decode()
     scale = low.left.scales.view(torch.bfloat16).float()
     blocks = CodebookBlocks(factor_book(low.left.codebook, low.left.bits), len(scale))
@@ -50,8 +59,10 @@ def sweep_right(
 
     Column j aims at R_j + (L^T L)^-1 (L^T E H)_j / H_jj and is taken if
     H_jj d^T (L^T L) d - 2 d^T (L^T E H)_j < 0. The steps run on NumPy views, see
-    :mod:`lplr_q.linalg.scalar_ldlq`.
+    :mod:`lplr_q.linalg.scalar_ldlq`. Codes that cannot be swept stay as they are.
     """
+    if not sweepable(low.right):
+        return low
     left, right = low.left.decode().T, low.right.decode()
     normal = left.T @ left
     inverse = torch.linalg.inv(normal + _ridge(normal))
@@ -94,8 +105,13 @@ def _descend(
     return codes
 
 
-def refinable(low: LowRank) -> bool:
-    """Whether the codes of L and R are scalar, each with a scale per component."""
-    if low.left.bits == 16:
+def sweepable(factor: QuantisedFactor) -> bool:
+    """Whether the codes are scalar, with a scale per component."""
+    if factor.bits == 16:
         return False
-    return ascending_levels(factor_book(low.left.codebook, low.left.bits)) is not None
+    return ascending_levels(factor_book(factor.codebook, factor.bits)) is not None
+
+
+def refinable(low: LowRank) -> bool:
+    """Whether there is anything to sweep in L or R."""
+    return sweepable(low.left) or sweepable(low.right)

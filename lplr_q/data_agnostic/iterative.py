@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lplr_q.activation_aware.decompose import Decomposition, decompose, prepare_hessian
+from lplr_q.bits import FactorBits
 from lplr_q.data_agnostic.compressed import (
     CompressedMatrix,
     Term,
@@ -100,7 +101,7 @@ def compress_lplr_q(
     rank: int,
     q_bits: int = 2,
     codebook: str = "lloyd-max",
-    factor_bits: int = 4,
+    factor_bits: FactorBits = 4,
     rounds: int = 3,
     inner_iterations: int = 5,
     rotated: bool = True,

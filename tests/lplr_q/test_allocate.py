@@ -296,6 +296,11 @@ def test_allocation_file_round_trip_and_damage(tmp_path):
     modules = read_allocation(path)
     assert modules == {name: choice.entry() for name, choice in found.modules.items()}
     good = {"codebook": "e8p", "q_bits": 2, "rank": 0, "factor_bits": 4}
+    apart = Choice("e8p", 2, 3, (3, 5)).entry()
+    write_json(path, {"modules": {"a": apart}})
+    assert read_allocation(path) == {"a": {**good, "rank": 3, "factor_bits": [3, 5]}}
+    assert Choice(**read_allocation(path)["a"]) == Choice("e8p", 2, 3, (3, 5))
+    assert Choice("e8p", 2, 3, [4, 4]) == Choice("e8p", 2, 3, 4)
     for tree, message in (
         ([], "no 'modules' table"),
         ({"modules": {}}, "no 'modules' table"),
@@ -303,6 +308,8 @@ def test_allocation_file_round_trip_and_damage(tmp_path):
         ({"modules": {"a": {**good, "rank": 1.5}}}, "a.rank is 1.5, no int"),
         ({"modules": {"a": {**good, "rank": True}}}, "a.rank is True"),
         ({"modules": {"a": {**good, "rank": -1}}}, "negative rank"),
+        ({"modules": {"a": {**good, "factor_bits": [4]}}}, r"factor_bits is \[4\], no int"),
+        ({"modules": {"a": {**good, "factor_bits": [4, "5"]}}}, r"factor_bits is .*, no int"),
     ):
         write_json(path, tree)
         with pytest.raises(DataError, match=message):

@@ -67,8 +67,9 @@ def test_the_settings_are_arguments_of_decompose_and_the_defaults_decompose_some
         ({"method": "lplr_ldlq"}, "nearest: lplr-ldlq"),
         ({"init": "odrli"}, "unknown init"),
         ({"q_hessian": "down"}, "unknown q_hessian"),
-        ({"L_bits": 4}, "L_bits=4 and R_bits=2"),
-        ({"L_bits": 12, "R_bits": 12}, "choose from"),
+        ({"L_bits": 12}, "L_bits=12; choose from"),
+        ({"R_bits": 0}, "R_bits=0; choose from"),
+        ({"L_bits": 4, "R_bits": 5, "factor_codebook": "e8p"}, "choose from 2, 3, 4"),
         ({"compute_quantized_component": False, "rank": 0}, "nothing would be left"),
         ({"method": "lplr", "compute_low_rank_factors": False}, "nothing would be left"),
         ({"method": "lplr", "full_quip_sharp": True}, "full_quip_sharp"),
@@ -140,6 +141,7 @@ def test_each_published_flag_reaches_decompose():
     assert settings["factor_codebook"] == "e8p"
     assert settings["update_order"] == ("Q", "LR")
     assert settings["factor_bits"] == 4
+    assert LPLRParams(L_bits=3, R_bits=16).to_settings()["factor_bits"] == (3, 16)
     plain = LPLRParams(activation_aware_Q=False, lattice_quant_Q=False, Q_bits=3).to_settings()
     assert plain["feedback"] is False
     assert plain["sweeps"] == 0
@@ -161,6 +163,12 @@ def test_rank_on_small_matrices_and_for_a_budget():
     spent = lplr_q.layer_bits(256, 256, rank=rank).per_weight
     more = lplr_q.layer_bits(256, 256, rank=rank + 1).per_weight
     assert spent <= 2.5 < more
+    apart = LPLRParams(target_bpw=2.5, L_bits=3, R_bits=5, hadamard_transform=True)
+    wide = apart.rank_for((64, 256))
+    fits, exceeds = (
+        lplr_q.layer_bits(64, 256, rank=r, factor_bits=(3, 5)).per_weight for r in (wide, wide + 1)
+    )
+    assert fits <= 2.5 < exceeds
     rescaled = LPLRParams(**{**vars(params), "quip_args": QuipArgs(rescale_WH=True)})
     found = rescaled.rank_for((256, 256))
     assert found < rank

@@ -44,6 +44,10 @@ def relative_error(weight, approximation, hessian):
         {"rank": 3, "rounds": 2},
         {"rank": 3, "q_bits": 0},
         {"rank": 3, "factor_bits": 16, "rounds": 2},
+        {"rank": 3, "factor_bits": (3, 5), "rounds": 2},
+        {"rank": 3, "factor_bits": (16, 4)},
+        {"rank": 3, "factor_bits": (4, 16), "activation_aware_lr": False},
+        {"rank": 4, "factor_bits": (2, 4), "factor_codebook": "e8p", "init": "srr"},
         {"rank": 2, "q_bits": 3},
         {"rank": 2, "q_bits": 3, "codebook": "lloyd-max", "init": "q_first", "rounds": 2},
         {"rank": 4, "init": "odlri", "rounds": 2},
@@ -113,6 +117,30 @@ def test_only_states_with_every_component_are_returned(order):
     assert result.error == pytest.approx(min(errors[1:]), rel=1e-4)
     if order == ("LR", "Q"):
         assert errors[0] < result.error
+
+
+def test_factors_of_different_widths():
+    """L and R each with its own bits; the coded one of a pair with bfloat16 is swept as well."""
+    weight, hessian = problem(24, 40)
+    options = {"rank": 4, "rounds": 1, "q_bits": 0}
+    errors, plain = {}, {}
+    for pair in ((2, 2), (2, 4), (4, 2), (4, 4), (4, 16), (16, 4), (16, 16)):
+        result, _ = run(weight, hessian, factor_bits=pair, **options)
+        errors[pair] = result.error
+        assert (result.left.bits, result.right.bits) == pair
+        assert result.bits.factors == 4 * (24 * pair[0] + 40 * pair[1])
+        assert result.bits.scales == 16 * 4 * (2 - pair.count(16))
+        plain[pair] = run(weight, hessian, factor_bits=pair, refinements=0, **options)[0].error
+    for coarse, fine in (
+        ((2, 2), (2, 4)), ((2, 2), (4, 2)), ((2, 4), (4, 4)), ((4, 2), (4, 4)),
+        ((4, 4), (4, 16)), ((4, 4), (16, 4)), ((4, 16), (16, 16)), ((16, 4), (16, 16)),
+    ):  # fmt: skip
+        assert errors[fine] < errors[coarse], (coarse, fine)
+    assert all(errors[pair] <= plain[pair] for pair in errors)
+    both, _ = run(weight, hessian, factor_bits=4, **options)
+    assert errors[4, 4] == both.error
+    assert both.settings["factor_bits"] == 4
+    assert result.settings["factor_bits"] == [16, 16]
 
 
 def test_choices_made_by_measurement():
@@ -263,6 +291,8 @@ def test_gaussian_weights_obey_the_information_bound():
         ({"codebook": "e8"}, "unknown codebook 'e8'; nearest: e8p"),
         ({"q_bits": 5}, "choose from 2, 3, 4"),
         ({"rank": 1, "factor_bits": 12}, "factors cannot have 12 bits"),
+        ({"rank": 1, "factor_bits": (4, 12)}, "factors cannot have 12 bits"),
+        ({"rank": 1, "factor_bits": (4, 4, 4)}, "give one number, or two: of L and of R"),
     ],
 )
 def test_settings_that_cannot_work(options, message):

@@ -279,6 +279,9 @@ FORMS = [
     {"codebook": "tcq-8", "rank": 2},
     {"codebook": "lloyd-max", "q_bits": 3, "rank": 1, "factor_codebook": "e8p"},
     {"rank": 1, "rescale": True},
+    {"rank": 3, "factor_bits": (3, 5)},
+    {"rank": 3, "factor_bits": (16, 2), "ft_rank": 1},
+    {"rank": 2, "factor_bits": (4, 16), "factor_codebook": "e8p"},
 ]
 
 

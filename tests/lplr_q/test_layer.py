@@ -5,7 +5,7 @@ import torch
 
 from lplr_q.activation_aware.decompose import decompose, prepare_hessian
 from lplr_q.activation_aware.quantized_layer import LPLRQuantizedLinear, quantised_layers, set_mode
-from lplr_q.bits import layer_bits
+from lplr_q.bits import factor_pair, layer_bits
 from workbench.errors import ConfigError, DataError
 
 
@@ -24,7 +24,10 @@ FORMS = [
     {"rank": 3},
     {"rank": 3, "factor_bits": 16},
     {"rank": 3, "factor_bits": 3},
+    {"m": 13, "rank": 3, "factor_bits": (3, 5)},
     {"rank": 2, "q_bits": 0},
+    {"rank": 3, "factor_bits": (16, 3)},
+    {"m": 21, "n": 13, "rank": 3, "factor_bits": (2, 16), "factor_codebook": "e8p"},
     {"q_bits": 3},
     {"q_bits": 4, "rank": 1},
     {"codebook": "lloyd-max", "q_bits": 3},
@@ -50,7 +53,7 @@ def test_forward_matrix_and_bytes(form):
     assert layer.buffer_bytes() * 8 == layer.stored_bits().total == result.bits.total
 
 
-@pytest.mark.parametrize("form", FORMS[:5], ids=str)
+@pytest.mark.parametrize("form", FORMS[:8], ids=str)
 def test_state_round_trip_and_deepcopy(form):
     _, layer = compressed(**form)
     empty = LPLRQuantizedLinear.from_settings(layer.settings())
@@ -149,7 +152,7 @@ def test_bad_forms_are_refused():
 
 
 @pytest.mark.parametrize("ft_rank", [1, 3])
-@pytest.mark.parametrize("factor_bits", [3, 16])
+@pytest.mark.parametrize("factor_bits", [3, 16, (3, 5), (16, 3)])
 def test_trained_components_are_parameters_and_the_rest_stays_codes(ft_rank, factor_bits):
     result, layer = compressed(rank=3, factor_bits=factor_bits, ft_rank=ft_rank)
     assert layer.lora_L.shape == (24, ft_rank)
@@ -159,12 +162,8 @@ def test_trained_components_are_parameters_and_the_rest_stays_codes(ft_rank, fac
     own = layer.buffer_bytes() * 8
     assert own == layer.stored_bits().total
     assert layer.stored_bits().factors == 16 * ft_rank * 64 + sum(
-        8
-        * (
-            (3 - ft_rank) * length * factor_bits // 8
-            + bool((3 - ft_rank) * length * factor_bits % 8)
-        )
-        for length in (24, 40)
+        8 * ((3 - ft_rank) * length * bits // 8 + bool((3 - ft_rank) * length * bits % 8))
+        for length, bits in zip((24, 40), factor_pair(factor_bits), strict=True)
     )
     x = torch.randn(5, 40)
     torch.testing.assert_close(layer(x), x @ layer.dequantize().T, rtol=1e-4, atol=1e-5)

@@ -187,13 +187,14 @@ def test_added_components_are_added_to_the_matrix(form):
         drop_components(layer, 3)
 
 
-@pytest.mark.parametrize("bits", [3, 4, 16])
+@pytest.mark.parametrize("bits", [3, 4, 16, (3, 5), (16, 4), (4, 16)])
 def test_released_components_leave_their_codes(bits):
     result, layer = compressed(rank=4, factor_bits=bits)
     expected = copy.deepcopy(layer)
     assert release_components(layer, 2) is layer
     assert (layer.form.ft_rank, layer.form.coded_rank, layer.rank) == (2, 2, 4)
-    assert torch.equal(layer.factor("l"), expected.factor("l")[2:])
+    for name in ("l", "r"):
+        assert torch.equal(layer.factor(name), expected.factor(name)[2:])
     torch.testing.assert_close(layer.dequantize(), result.dequantize(), rtol=2e-2, atol=2e-2)
     assert layer.buffer_bytes() * 8 == layer.stored_bits().total
     release_components(layer, 9)  # all there are

@@ -143,7 +143,7 @@ def test_another_model_or_calibration_is_refused(done, model, calibration):
 def test_an_allocation_says_codebook_bits_and_rank_of_each(model, calibration, tmp_path):
     names = [n for n in calibration.key_of if n.endswith(("0.mlp.up_proj", "0.mlp.down_proj"))]
     entries = {
-        names[0]: {"codebook": "e8p", "q_bits": 2, "rank": 3, "factor_bits": 4},
+        names[0]: {"codebook": "e8p", "q_bits": 2, "rank": 3, "factor_bits": [3, 5]},
         names[1]: {"codebook": "lloyd-max", "q_bits": 3, "rank": 0, "factor_bits": 4},
     }
     allocation = {"target_bpw": 2.7, "modules": entries}
@@ -155,6 +155,8 @@ def test_an_allocation_says_codebook_bits_and_rank_of_each(model, calibration, t
         assert (form["codebook"], form["q_bits"], form["rank"]) == (
             entry["codebook"], entry["q_bits"], entry["rank"],
         )  # fmt: skip
+    form = records[names[0]]["settings"]
+    assert (form["l_bits"], form["r_bits"]) == (3, 5)
     with pytest.raises(ConfigError, match="no entry for"):
         compress_model(model, calibration, QUICK, tmp_path / "b", allocation=allocation)
     wrong = {"modules": {names[0]: {"bits": 2}}}

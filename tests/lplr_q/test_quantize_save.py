@@ -6,6 +6,7 @@ import torch
 
 from lplr_q.activation_aware.dataclasses import DataParameters
 from lplr_q.activation_aware.quantized_layer import quantised_layers
+from lplr_q.hf import save_compressed
 from lplr_q.quantize_save import EXPERIMENT, PARAMETERS, main, settings_of
 from workbench.cli import RunOptions, parse
 from workbench.errors import ConfigError, DataError
@@ -117,6 +118,27 @@ def test_hessians_of_a_folder_and_an_allocation(finished, tmp_path):
     lacking = replace(TINY, include="self_attn", hessian_save_path=tmp_path / "h")
     with pytest.raises(DataError, match="no Hessian for"):
         main(replace(lacking, run=options(tmp_path, "lacking")))
+
+
+def test_left_and_right_in_widths_of_their_own(tmp_path):
+    """--L_bits 3 --R_bits 16 within a budget: stored, counted and loaded as such."""
+    params = replace(TINY.params, L_bits=3, R_bits=16, target_bpw=3.2)
+    results = main(replace(TINY, params=params, run=options(tmp_path)))
+    assert results["bits_per_weight"] == pytest.approx(results["counted_bits_per_weight"])
+    assert 2.5 < results["bits_per_weight"] <= 3.2
+    folder = tmp_path / "lplr_q" / "tiny"
+    model, tokenizer = load_model(folder / "model")
+    layers = dict(quantised_layers(model))
+    assert len(layers) == results["layers"] == 6
+    for name, layer in layers.items():
+        assert (layer.form.l_bits, layer.form.r_bits) == (3, 16)
+        assert layer.rank > 0
+        assert layer.stored_bits().per_weight <= 3.2
+        record = json.loads((folder / "work" / f"{name}.json").read_text(encoding="utf-8"))
+        assert layer.settings() == record["settings"]
+    save_compressed(model, tokenizer, tmp_path / "again")
+    again, _ = load_model(tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_in_turns_with_error_propagation(tmp_path):

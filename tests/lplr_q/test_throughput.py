@@ -30,7 +30,13 @@ def coded(codebook="e8p", family="mistral", **form):
 
 @pytest.mark.parametrize(
     "form",
-    [{}, {"codebook": "tcq"}, {"codebook": "lloyd-max", "q_bits": 3}, {"factor_bits": 16}],
+    [
+        {},
+        {"codebook": "tcq"},
+        {"codebook": "lloyd-max", "q_bits": 3},
+        {"factor_bits": 16},
+        {"factor_bits": (16, 4)},
+    ],
     ids=str,
 )
 def test_random_codes_make_matrices_of_the_right_size(form):
