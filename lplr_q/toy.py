@@ -8,6 +8,7 @@ compression or does not.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -83,10 +84,13 @@ def train_toy(
     return model, tokenizer
 
 
-def tune_adapter(model: Any, tokens: torch.Tensor, *, steps: int = 8, seed: int) -> dict[str, Any]:
+def tune_adapter(
+    model: Any, tokens: torch.Tensor, counted: torch.Tensor, *, steps: int = 8, seed: int
+) -> dict[str, Any]:
     """Loss before and after some steps of a LoRA adapter on the compressed layers.
 
-    The adapter is PEFT's; ``model`` keeps its codes and loses the adapter again.
+    The adapter is PEFT's; ``model`` keeps its codes and loses the adapter again. Tokens that are
+    not ``counted`` (padding) are read, not learnt.
     """
     from peft import LoraConfig
 
@@ -96,14 +100,17 @@ def tune_adapter(model: Any, tokens: torch.Tensor, *, steps: int = 8, seed: int)
     names = sorted({name.rpartition(".")[2] for name, _ in quantised_layers(model)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tuned = get_peft_model(
-            model, LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM")
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks Transformers an old question
+            tuned = get_peft_model(
+                model, LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM")
+            )
     trained = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-3)
     losses = []
+    labels = tokens.masked_fill(~counted, -100)
     for _ in range(steps + 1):
-        loss = tuned(input_ids=tokens, labels=tokens, use_cache=False).loss
+        loss = tuned(input_ids=tokens, labels=labels, use_cache=False).loss
         losses.append(float(loss.detach()))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
