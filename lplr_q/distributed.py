@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,7 +23,10 @@ from workbench.errors import ConfigError
 from workbench.run import Run
 
 Item = TypeVar("Item")
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(hours=12)
+"""Others wait as long while rank 0 compresses or judges a model; a process that dies is noticed by
+the launcher at once."""
+_BY_ITSELF: ContextVar[bool] = ContextVar("lplr_q.distributed.by_itself", default=False)
 
 
 def under_torchrun() -> bool:
@@ -31,8 +35,18 @@ def under_torchrun() -> bool:
 
 
 def active() -> bool:
-    """Whether a process group exists."""
-    return dist.is_available() and dist.is_initialized()
+    """Whether a process group exists, and this is no work by itself (:func:`by_itself`)."""
+    return dist.is_available() and dist.is_initialized() and not _BY_ITSELF.get()
+
+
+@contextmanager
+def by_itself() -> Iterator[None]:
+    """In it this process is rank 0 of a world of 1: for what one does while the others wait."""
+    before = _BY_ITSELF.set(True)
+    try:
+        yield
+    finally:
+        _BY_ITSELF.reset(before)
 
 
 def init(device: torch.device | str = "cpu") -> bool:
@@ -107,6 +121,37 @@ def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
     if active():
         dist.broadcast(tensor, source)
     return tensor
+
+
+def announce(number: int, device: torch.device | str = "cpu") -> int:
+    """The number that rank 0 gives."""
+    return int(broadcast(torch.tensor([number], device=device))) if world() > 1 else number
+
+
+def sharded() -> bool:
+    """Whether ``accelerate launch`` was told to spread gradients and optimiser state: DeepSpeed's
+    ZeRO stage 1 or 2, FSDP without resharding after the forward pass.
+
+    Raises:
+        ConfigError: it was told to spread the parameters as well.
+    """
+    if world() == 1:
+        return False
+    said = os.environ.get
+    deepspeed = said("ACCELERATE_USE_DEEPSPEED") == "true"
+    stage = int(said("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0")) if deepspeed else 0
+    if said("ACCELERATE_USE_FSDP") == "true":
+        if said("FSDP_VERSION", "1") == "1":
+            named = said("FSDP_SHARDING_STRATEGY", "FULL_SHARD")
+            stage = {"NO_SHARD": 0, "3": 0, "SHARD_GRAD_OP": 2, "2": 2}.get(named, 3)
+        else:
+            stage = 2 if said("FSDP_RESHARD_AFTER_FORWARD", "true") == "false" else 3
+    if stage > 2:
+        raise ConfigError(
+            "parameters cannot be spread over processes: each holds the codes of the whole model; "
+            "use ZeRO stage 2, or FSDP with fsdp_reshard_after_forward: false (SHARD_GRAD_OP)"
+        )
+    return stage > 0
 
 
 def all_agree(flag: bool) -> bool:

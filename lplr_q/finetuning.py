@@ -2,7 +2,8 @@
 before and after.
 
 All of them run alone, under ``torchrun --nproc-per-node N -m lplr_q.finetune_...`` and under
-``accelerate launch`` (which sets the same environment); results do not depend on N beyond rounding.
+``accelerate launch --config_file configs/lplr_q/accelerate.ddp.yaml -m lplr_q.finetune_...`` (or
+``.fsdp``, ``.zero2``: :mod:`lplr_q.sharding`); results do not depend on N beyond rounding.
 """
 
 from __future__ import annotations
@@ -124,6 +125,7 @@ def together(script: str, e: Tuning, work: Callable[[Run], dict[str, Any]]) -> d
 
     cuda = torch.cuda.is_available() and e.run.device.startswith(("auto", "cuda"))
     with distributed.group("cuda" if cuda else "cpu"):
+        distributed.sharded()  # what cannot be done is said before the work
         with Run.open(script, distributed.own_run(script, e)) as run:
             done = torch.tensor([int(run.finished)], device="cuda" if cuda else "cpu")
             if int(distributed.broadcast(done)):
@@ -150,7 +152,8 @@ def load_student(run: Run, script: str, e: Tuning) -> tuple[nn.Module, Any]:
     if folder is None:
         folder = leader_folder(script, e) / "compressed"
         if distributed.rank() == 0:
-            model, tokenizer = _compress(run, e)
+            with distributed.by_itself():
+                model, tokenizer = _compress(run, e)
             save_compressed(model, tokenizer, folder, notes={"model": e.original})
         distributed.barrier()
     model, tokenizer = run.load_model(e.model_save_path or folder, what="student")

@@ -2,14 +2,14 @@
 processes.
 
 Gradients of a step are sums over its rows divided by what the rows count in total, so they do not
-depend on how rows are cut into micro-batches or spread over processes. Under torchrun rank 0 leads:
-it keeps the run, the optimiser and the validation; the others get the parameters before each step
-and add their gradients.
+depend on how rows are cut into micro-batches or spread over processes. Under torchrun and
+accelerate launch rank 0 leads: it keeps the run and the validation, and announces every step; the
+others add their gradients and, with ShardedAdamW, keep their part of the optimiser.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lplr_q import distributed
+from lplr_q.sharding import JoinedAdamW, ShardedAdamW
 from lplr_q.trainable import Trained
 from workbench.errors import ConfigError, unknown_name
-from workbench.optim import clip, constant_schedule, cosine_schedule, linear_schedule
+from workbench.optim import constant_schedule, cosine_schedule, linear_schedule
 
 if TYPE_CHECKING:
     from lplr_q.finetuning import Tuning
     from workbench.run import Run
 
 PHASE = "tune"
+END = 0
+"""What rank 0 announces when there is nothing more to do."""
 
 
 @dataclass
@@ -93,26 +96,54 @@ def build_schedule(optimizer: torch.optim.Optimizer, e: Tuning, total: int) -> A
 
 
 def fit(run: Run, e: Tuning, job: Job) -> Progress:
-    """Train; afterwards the module of rank 0 holds the parameters that were best on validation.
+    """Train; afterwards the module of every process holds the parameters that were best on
+    validation.
 
     The state before the first step is a candidate too: tuning that only hurts changes nothing.
     """
-    device = run.device.device
     n = len(job.weight_of)
-    per_epoch, total = steps_of(e, n)
-    parameters = [p for group in job.groups for p in group["params"]]
-    if not parameters:
+    per_epoch, _ = steps_of(e, n)
+    if not any(group["params"] for group in job.groups):
         raise ConfigError("nothing to train: no signs, no components, no head")
-    optimizer = torch.optim.AdamW(job.groups)
-    schedule = build_schedule(optimizer, e, total)
-    progress, trained = Progress(), Trained(job.module)
+    optimizer = (ShardedAdamW if distributed.sharded() else JoinedAdamW)(job.groups)
+    if distributed.world() > 1:
+        run.note(f"{distributed.world()} processes, {optimizer.kept}")
+    progress = Progress()
+
+    def gradients(step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows, loss, norm) of a step, all processes together."""
+        optimizer.prepare()
+        rows = _rows(run, e, n, per_epoch, step)
+        loss = _gradients(run, e, job, rows)
+        return rows, *optimizer.reduce(loss, e.max_grad_norm)
+
+    if distributed.rank() == 0:
+        _lead(run, e, job, optimizer, progress, gradients)
+    else:
+        while (said := distributed.announce(END, optimizer.device)) != END:
+            gradients(said) if said > 0 else optimizer.help(said)
+    job.module.eval()
+    optimizer.share()
+    return progress
+
+
+def _lead(
+    run: Run,
+    e: Tuning,
+    job: Job,
+    optimizer: JoinedAdamW,
+    progress: Progress,
+    gradients: Callable[[int], tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    """Rank 0: the run's steps, announced to the others; validation; the best state at the end."""
+    per_epoch, total = steps_of(e, len(job.weight_of))
+    schedule, trained = build_schedule(optimizer.inner, e, total), Trained(job.module)
     state = {
         "trained": trained,
         "optimizer": optimizer,
         "schedule": schedule,
         "progress": progress,
     }
-    leading = distributed.rank() == 0
 
     def observe(step: int) -> None:
         job.module.eval()
@@ -122,33 +153,33 @@ def fit(run: Run, e: Tuning, job: Job) -> Progress:
         if progress.add(step, figures):
             run.keep_best(step, {"trained": trained}, progress.best, higher=False)
 
-    with closing(_steps(run, total, state, e, parameters)) as steps:
-        for step in steps:
-            if leading and step == 1:
-                observe(0)
-            rows = _rows(run, e, n, per_epoch, step)
-            job.module.train()
-            loss = _gradients(run, e, job, parameters, rows)
-            if not leading:
-                continue
-            norm = clip(parameters, e.max_grad_norm)
-            run.require_finite(step, {"rows": rows}, loss=loss, gradient_norm=norm)
-            rate = schedule.get_last_lr()[0]
-            optimizer.step()
-            schedule.step()
-            if step % 10 == 1 or step == total:
-                run.log(step, {"train/loss": loss, "train/gradient_norm": norm, "lr": rate})
-            if run.every(step, e.eval_steps or per_epoch) or step == total:
-                observe(step)
-                if e.patience and progress.waited >= e.patience:
-                    run.note(f"step {step}: no better in {progress.waited} validations, stopping")
-                    break
-    job.module.eval()
-    if leading:
-        best = run.load_best({"trained": trained}, PHASE)
-        run.note(f"best on validation after step {best} of {progress.curve[-1]['step']:g}")
-    _share(parameters, device)
-    return progress
+    listening = True  # the others, for what is announced next
+    try:
+        with closing(run.steps(total, state, save_every=e.save_steps, phase=PHASE)) as steps:
+            for step in steps:
+                if step == 1:
+                    observe(0)
+                distributed.announce(step, optimizer.device)
+                listening = False
+                rows, loss, norm = gradients(step)
+                listening = True
+                run.require_finite(step, {"rows": rows}, loss=loss, gradient_norm=norm)
+                rate = schedule.get_last_lr()[0]
+                optimizer.step()
+                schedule.step()
+                if step % 10 == 1 or step == total:
+                    run.log(step, {"train/loss": loss, "train/gradient_norm": norm, "lr": rate})
+                if run.every(step, e.eval_steps or per_epoch) or step == total:
+                    observe(step)
+                    if e.patience and progress.waited >= e.patience:
+                        waited = f"no better in {progress.waited} validations"
+                        run.note(f"step {step}: {waited}, stopping")
+                        break
+    finally:
+        if listening:
+            distributed.announce(END, optimizer.device)
+    best = run.load_best({"trained": trained}, PHASE)
+    run.note(f"best on validation after step {best} of {progress.curve[-1]['step']:g}")
 
 
 def mixed(run: Run) -> torch.autocast:
@@ -164,12 +195,9 @@ def _rows(run: Run, e: Tuning, n: int, per_epoch: int, step: int) -> Tensor:
     return order[at * e.rows_per_step : (at + 1) * e.rows_per_step]
 
 
-def _gradients(
-    run: Run, e: Tuning, job: Job, parameters: Sequence[nn.Parameter], rows: Tensor
-) -> Tensor:
-    """The mean loss of the step; its gradient over all processes is in ``.grad``."""
-    for parameter in parameters:
-        parameter.grad = None
+def _gradients(run: Run, e: Tuning, job: Job, rows: Tensor) -> Tensor:
+    """This process's share of the mean loss of the step; its gradient is in ``.grad``."""
+    job.module.train()
     weight = float(job.weight_of[rows].sum()) or 1.0
     own = distributed.mine(rows.tolist())
     loss = torch.zeros((), device=run.device.device)
@@ -178,51 +206,4 @@ def _gradients(
             part = job.loss_sum(own[start : start + e.batch_size]) / weight
         part.backward()
         loss += part.detach()
-    if distributed.world() > 1:
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = distributed.all_reduce_sum(torch.cat([loss.view(1), *(g.flatten() for g in grads)]))
-        loss, at = flat[0], 1
-        for parameter in parameters:
-            count = parameter.numel()
-            parameter.grad = flat[at : at + count].view_as(parameter)
-            at += count
     return loss
-
-
-def _steps(
-    run: Run, total: int, state: dict[str, Any], e: Tuning, parameters: Sequence[nn.Parameter]
-) -> Iterator[int]:
-    """Rank 0: the run's own steps, announced to the others. Others: the steps they hear of."""
-    device = run.device.device
-    if distributed.rank() == 0:
-        try:
-            for step in run.steps(total, state, save_every=e.save_steps, phase=PHASE):
-                _announce(step, device)
-                _share(parameters, device)
-                yield step
-        finally:
-            _announce(0, device)
-    else:
-        while (step := _announce(0, device)) > 0:
-            _share(parameters, device)
-            yield step
-
-
-def _announce(step: int, device: torch.device) -> int:
-    """The number rank 0 says."""
-    if distributed.world() == 1:
-        return step
-    return int(distributed.broadcast(torch.tensor([step], device=device)))
-
-
-def _share(parameters: Sequence[nn.Parameter], device: torch.device) -> None:
-    """The parameters of rank 0 on all processes."""
-    if distributed.world() == 1:
-        return
-    with torch.no_grad():
-        flat = torch.cat([p.detach().flatten() for p in parameters]).to(device)
-        distributed.broadcast(flat)
-        at = 0
-        for parameter in parameters:
-            parameter.copy_(flat[at : at + parameter.numel()].view_as(parameter))
-            at += parameter.numel()

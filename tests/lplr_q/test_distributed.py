@@ -20,6 +20,11 @@ with distributed.group() as rank:
     sent = distributed.broadcast(torch.tensor([7 * (1 - rank)]))
     distributed.barrier()
     mine = distributed.mine(list("abcde"))
+    if rank == 1:  # while the other goes on
+        with distributed.by_itself():
+            assert (distributed.rank(), distributed.world()) == (0, 1)
+            assert float(distributed.all_reduce_sum(torch.tensor(5.0))) == 5
+            distributed.barrier()
     print(rank, distributed.world(), float(total), agreed, int(sent), "".join(mine), flush=True)
 assert not distributed.active()
 """

@@ -1,6 +1,8 @@
 """Each fine-tuning script end to end on a layer of random weights, and what it refuses."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from lplr_q import (
 )
 from lplr_q.activation_aware.quantized_layer import quantised_layers
 from lplr_q.finetune_rht import Targets
+from tests.conftest import ROOT, child_environment
 from workbench.errors import ConfigError, DataError
 from workbench.models import load_model
 from workbench.run import Run, RunOptions
@@ -201,6 +204,49 @@ def test_the_cached_teacher_is_the_one_that_runs_along(tmp_path):
 def test_settings_that_cannot_work(script, changes, said, tmp_path):
     with pytest.raises(ConfigError, match=said):
         settings(script, tmp_path, **changes)
+
+
+LAUNCHED = [
+    ("ddp", {}, "optimiser state in the first"),
+    ("fsdp", {}, "a part of gradients"),
+    # the launcher for zero2 itself asks for DeepSpeed; these are the words it passes on
+    ("ddp", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+     "a part of gradients"),
+]  # fmt: skip
+
+
+def tiny_run(launcher, root, name, **environment):
+    """The tiny settings of finetune_wikitext, started as a user would."""
+    config = ROOT / "configs" / "lplr_q" / "finetune_wikitext.tiny.yaml"
+    command = [sys.executable, "-m", *launcher, "lplr_q.finetune_wikitext", "--config", config,
+               "--root", root, "--name", name, "--device", "cpu"]  # fmt: skip
+    done = subprocess.run(
+        [*map(str, command)], cwd=ROOT, env=child_environment(**environment), capture_output=True,
+        text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root / "lplr_q" / name
+
+
+@pytest.fixture(scope="module")
+def by_one(tmp_path_factory):
+    folder = tiny_run([], tmp_path_factory.mktemp("alone"), "alone")
+    return read_safetensors(folder / "trained.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "environment", "kept"), LAUNCHED, ids=["ddp", "fsdp", "zero2"])
+def test_two_processes_of_accelerate_give_the_result_of_one(
+    config, environment, kept, by_one, tmp_path
+):
+    file = ROOT / "configs" / "lplr_q" / f"accelerate.{config}.yaml"
+    launcher = ["accelerate.commands.launch", "--config_file", file, "-m"]
+    folder = tiny_run(launcher, tmp_path, "two", **environment)
+    assert kept in (folder / "log.txt").read_text(encoding="utf-8")
+    by_two = read_safetensors(folder / "trained.safetensors")
+    assert set(by_two) == set(by_one)
+    for name, value in by_one.items():
+        torch.testing.assert_close(by_two[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_bad_input_is_one_error(tuned, tmp_path):
