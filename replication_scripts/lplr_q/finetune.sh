@@ -30,6 +30,7 @@ small)
 paper)
     : "${MODEL:?folder of the compressed model}"
     : "${BASE:?folder or hub id of the original}"
+    # or: accelerate launch --config_file configs/lplr_q/accelerate.fsdp.yaml --num_processes "$GPUS"
     run() { "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" -m "$@"; }
     run lplr_q.finetune_rht --config configs/lplr_q/finetune_rht.paper.yaml --root "$ROOT" \
         --name finetune_rht-paper --base-model "$BASE" --model-save-path "$MODEL"
