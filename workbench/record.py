@@ -144,6 +144,16 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.decode("utf-8", "replace").strip() if done.returncode == 0 else None
 
 
+def files_in(folder: str | Path) -> dict[str, list[int]]:
+    """Size and time of change (ns) of the files in a folder of a model; {} if there is none."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.stat()) for entry in entries if entry.is_file()]
+    except (OSError, ValueError):
+        return {}
+    return {name: [facts.st_size, facts.st_mtime_ns] for name, facts in sorted(found)}
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, commit, machine and command of this process."""
     from importlib import metadata

@@ -50,6 +50,7 @@ from workbench.record import (
     clean_tree,
     command_line,
     describe_environment,
+    files_in,
     finite_or_null,
     plain_number,
     settings_key,
@@ -133,9 +134,19 @@ class Run:
             raise
         self._exit.callback(_OPEN.reset, _OPEN.set(_OPEN.get() + 1))
         if self.finished and self._outermost:
+            since = "".join(f"; {path} has changed since" for path in self._changed_inputs())
             with contextlib.suppress(OSError, ValueError):
-                sys.stderr.write(f"finished before: {self._report} (--fresh computes again)\n")
+                sys.stderr.write(
+                    f"finished before: {self._report} (--fresh computes again){since}\n"
+                )
         return self
+
+    def _changed_inputs(self) -> list[str]:
+        """Model folders whose files are not those that this finished run has read."""
+        with contextlib.suppress(DataError, OSError, AttributeError):
+            known = storage.read_json(self.directory / "environment.json").get("inputs", {})
+            return [path for path, files in known.items() if files_in(path) not in ({}, files)]
+        return []
 
     @property
     def _report(self) -> Path:
@@ -388,6 +399,10 @@ class Run:
         from workbench.models import load_model, weights_digest
 
         place = {"device": self.device.device, "dtype": self.device.dtype, **options}
+        files = files_in(spec)
+        if files and not self.finished:
+            self._environment.setdefault("inputs", {})[str(spec)] = files
+            storage.write_json(self.directory / "environment.json", self._environment)
         model, tokenizer = load_model(spec, **place)
         self.require_same(what, weights_digest(model))
         return model, tokenizer

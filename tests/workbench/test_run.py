@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from workbench.run import (
     settings_of,
 )
 from workbench.tables import read_csv
+from workbench.tiny import byte_tokenizer, tiny_model
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,30 @@ def test_the_console_is_told_where_the_report_is_but_not_by_runs_within_a_run(tm
     told = [line for line in capsys.readouterr().err.splitlines() if "report.md" in line]
     report = run.directory / "report.md"
     assert told == [f"report: {report}", f"finished before: {report} (--fresh computes again)"]
+
+
+def test_a_finished_run_tells_that_its_model_folder_is_another_by_now(tmp_path, capsys):
+    folder = tmp_path / "model"
+    tiny_model("gpt2").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    with Run.open("p.s", at(tmp_path)) as run:
+        run.load_model(folder)
+        run.load_model("tiny:gpt2", what="base")
+        run.finish({"x": 1})
+
+    def told():
+        with Run.open("p.s", at(tmp_path)) as again:
+            assert again.finished
+        return capsys.readouterr().err.splitlines()[-1]
+
+    usual = f"finished before: {run.directory / 'report.md'} (--fresh computes again)"
+    assert told() == usual
+    tiny_model("gpt2", seed=1).save_pretrained(folder)
+    assert told() == f"{usual}; {folder} has changed since"
+    shutil.rmtree(folder)
+    assert told() == usual
+    (run.directory / "environment.json").write_text("[]", encoding="utf-8")
+    assert told() == usual
 
 
 def test_fresh_puts_the_old_run_aside(tmp_path):
