@@ -18,6 +18,7 @@ from lplr_q.activation_aware.hessian import (
     corrected_weight,
     stream_blocks,
 )
+from lplr_q.hf import require_uncompressed
 from lplr_q.manifest import MANIFEST, agree_on_manifest, digest_of, read_record, read_unit
 from lplr_q.quantize_model import Group, Job, groups_of, install
 from lplr_q.settings import CompressionSettings
@@ -46,8 +47,9 @@ def compress_in_turns(
     the weights that were compressed. ``options`` go to :func:`stream_blocks`.
 
     Raises:
-        ConfigError: the folder holds units of another origin.
+        ConfigError: the folder holds units of another origin; the model is compressed already.
     """
+    require_uncompressed(model)
     folder = Path(folder)
     (folder / "work" / ".locks").mkdir(parents=True, exist_ok=True)
     agree_on_manifest(

@@ -45,11 +45,13 @@ class LayerStudy:
 
 
 def load_study(run: Run, e: LayerStudy, *, include: str = ".*") -> tuple[Any, Calibration]:
-    """The model and the second moments of its layers' inputs."""
+    """The model, not a compressed one, and the second moments of its layers' inputs."""
     from lplr_q.activation_aware.dataclasses import DataParameters
     from lplr_q.activation_aware.weight_compression import calibration_of_run
+    from lplr_q.hf import require_uncompressed
 
     model, tokenizer = run.load_model(e.model, dtype=None)
+    require_uncompressed(model)
     data = DataParameters(
         devset=e.calibration,
         devset_size=e.calibration_tokens // e.length * len(e.calibration),

@@ -33,6 +33,7 @@ from lplr_q.activation_aware.hessian import Calibration, load_hessians
 from lplr_q.activation_aware.quantized_layer import LPLRQuantizedLinear
 from lplr_q.baselines import gptq, round_to_nearest
 from lplr_q.bits import group_bits
+from lplr_q.hf import require_uncompressed
 from lplr_q.linalg.ldl import regularise
 from lplr_q.linalg.ldlq import weighted_loss
 from lplr_q.linalg.rows import row_chunks, squared_norm
@@ -345,9 +346,12 @@ def compress_model(
         threads: of torch in every worker; None leaves what is set here.
 
     Raises:
-        ConfigError: the folder holds units of another model, calibration or settings.
+        ConfigError: the folder holds units of another model, calibration or settings; the model is
+            compressed already.
         DataError: a sublayer without Hessian, or of another shape; non-finite numbers.
     """
+    if isinstance(model, nn.Module):
+        require_uncompressed(model)
     folder = Path(folder)
     weights: ModuleWeights | FolderWeights
     weights = ModuleWeights(model) if isinstance(model, nn.Module) else FolderWeights.open(model)

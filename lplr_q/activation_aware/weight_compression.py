@@ -144,6 +144,7 @@ class ActivationAwareWeightCompressor:
             if self._model is None and kind == "folder" and not self._has_experts():
                 self._weights = FolderWeights.open(place)
             else:
+                require_uncompressed(self.model)
                 self._weights = ModuleWeights(self.model)
         return self._weights
 

@@ -2,24 +2,27 @@
 
 import importlib
 import json
+import re
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from lplr_q import eval_zeroshot, native, quantize_save, run
-from lplr_q.activation_aware.dataclasses import LPLRParams
+from lplr_q import eval_zeroshot, native, quantize_save
+from lplr_q.activation_aware.dataclasses import DataParameters, LPLRParams, ModelParameters
 from lplr_q.activation_aware.decompose import decompose, fitting_rank, prepare_hessian
 from lplr_q.activation_aware.hessian import collect_hessians, load_hessians, save_hessians
 from lplr_q.activation_aware.moments import SecondMomentAccumulator
+from lplr_q.activation_aware.weight_compression import ActivationAwareWeightCompressor
 from lplr_q.baselines import gptq, round_to_nearest
 from lplr_q.codebooks.base import make_codebook
 from lplr_q.hf import save_compressed
+from lplr_q.interleaved import compress_in_turns
 from lplr_q.linalg.ldl import cholesky, regularise
 from lplr_q.quantize_model import CompressionSettings, assemble, compress_model
 from tests.conftest import ROOT
-from workbench.cli import parse
+from workbench.cli import cli, parse
 from workbench.errors import ConfigError, DataError, MissingExtra
 from workbench.models import load_model
 from workbench.run import RunOptions
@@ -199,10 +202,53 @@ def test_a_checkpoint_of_a_newer_version(compressed, tmp_path):
         load_model(newer)
 
 
-def test_a_model_that_is_compressed_already(compressed, tmp_path):
-    again = replace(run.EXPERIMENT, model=str(compressed[1]), run=RunOptions(root=tmp_path))
-    with pytest.raises(ConfigError, match=r"down_proj is compressed already; compress the orig"):
-        run.main(again)
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("run", ["--model", "MODEL"]),
+        ("quantize_save", ["--base-model", "MODEL"]),
+        ("quantize_save", ["--base-model", "MODEL", "--hessian-save-path", "HESSIANS"]),
+        ("quantize_save", ["--base-model", "MODEL", "--inputs", "compressed"]),
+        ("fro_norm_experiment", ["--model", "MODEL"]),
+        ("fro_norm_experiment", ["--model", "MODEL", "--hessians", "HESSIANS"]),
+        ("sv_profile", ["--model", "MODEL", "--hessians", "HESSIANS"]),
+    ],
+)
+def test_a_model_that_is_compressed_already(
+    script, words, compressed, calibration, tmp_path, monkeypatch, capsys
+):
+    """Every script that compresses says so in one line, whatever else is given."""
+    save_hessians(calibration, tmp_path / "hessians", {})
+    places = {"MODEL": str(compressed[1]), "HESSIANS": str(tmp_path / "hessians")}
+    module = importlib.import_module(f"lplr_q.{script}")
+    given = [places.get(word, word) for word in words]
+    with pytest.raises(SystemExit) as caught:
+        cli(module.main, module.EXPERIMENT, arguments=[*given, "--root", str(tmp_path / "runs")])
+    assert caught.value.code == 2
+    text = capsys.readouterr().err.splitlines()
+    (said,) = [line for line in text if line.startswith("error: ")]
+    assert re.search(
+        r"compressed already; compress the orig|already quantised; give the orig", said
+    )
+
+
+def test_a_compressed_model_is_refused_by_every_function(compressed, calibration, tmp_path):
+    again, tokenizer = load_model(compressed[1])
+    refused = pytest.raises(ConfigError, match=f"{NAME} is compressed already; compress the orig")
+    with refused:
+        compress_model(again, calibration, QUICK, tmp_path)
+    with pytest.raises(DataError, match="already quantised; compress the original"):
+        compress_model(compressed[1], calibration, QUICK, tmp_path)
+    with refused:
+        compress_in_turns(again, TOKENS, QUICK, tmp_path, fingerprint={})
+    assert not list(tmp_path.iterdir())  # nothing was begun
+    save_hessians(calibration, tmp_path, {})
+    compressor = ActivationAwareWeightCompressor(
+        ModelParameters(), DataParameters(), LPLRParams(), tmp_path, compute_hessians=False,
+        model=again, tokenizer=tokenizer,
+    )  # fmt: skip
+    with refused:
+        compressor.get_layer_quantizer(0)
 
 
 # ---------------------------------------------------------------- what is not installed
