@@ -115,11 +115,15 @@ def error_figure(layers: Sequence[dict[str, Any]]) -> Any:
 
 def curve_rows(curves: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per budget and sub-step: the error over the sublayers, and its ratio to that of the first
-    whole state (the second sub-step: before it one part of Q, L R is still zero)."""
+    whole state (the second sub-step: before it one part of Q, L R is still zero).
+
+    Sublayers without L R have one step and are left out, unless there is no other.
+    """
     from statistics import median
 
     mine = compressed_rows(curves)
     first = {(r["bits"], r["layer"]): r["error"] for r in mine if r["step"] == FIRST_WHOLE}
+    mine = [r for r in mine if (r["bits"], r["layer"]) in first] or mine
     drawn = []
     for bits, step in sorted({(r["bits"], r["step"]) for r in mine}):
         at = [r for r in mine if r["bits"] == bits and r["step"] == step]
@@ -187,6 +191,8 @@ def worst_rows(layers: Sequence[dict[str, Any]], n: int = 10) -> list[dict[str, 
 
 def prediction_figure(layers: Sequence[dict[str, Any]]) -> Any:
     """Measured against foretold error of every allocated sublayer; None where none is foretold."""
+    from matplotlib.ticker import StrMethodFormatter
+
     from workbench.plots import INK, MARKERS, PALETTE, new_figure
 
     drawn = [
@@ -212,6 +218,8 @@ def prediction_figure(layers: Sequence[dict[str, Any]]) -> Any:
     axes.plot(ends, ends, color=INK, linewidth=0.9, linestyle=(0, (1, 2)))
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_xlabel("foretold error e (log)", fontsize=9, color=INK)
     axes.set_ylabel("measured error e (log)", fontsize=9, color=INK)
     axes.legend(fontsize=8.5, labelcolor=INK, frameon=False)

@@ -227,7 +227,7 @@ def test_the_curve_is_that_of_our_method_and_relative_to_its_first_whole_state()
         ]
 
     curves = steps("QuIP#-style", "a", (9.0, 9.0)) + steps("LPLR-LDLQ", "a", (0.8, 0.4, 0.2))
-    curves += steps("LPLR-LDLQ", "b", (0.6, 0.2, 0.2))
+    curves += steps("LPLR-LDLQ", "b", (0.6, 0.2, 0.2)) + steps("LPLR-LDLQ", "no rank", (0.1,))
     rows = curve_rows(curves)
     assert [r["error"] for r in rows] == pytest.approx([0.7, 0.3, 0.2])
     assert [r["over_first_whole"] for r in rows] == pytest.approx([2.5, 1.0, 0.75])
@@ -235,6 +235,9 @@ def test_the_curve_is_that_of_our_method_and_relative_to_its_first_whole_state()
     figure, drawn = curve_figure(curves)
     assert drawn == rows
     assert [list(axes.get_xticks()) for axes in figure.axes] == [[1, 2, 3], [2, 3]]
+    (alone,) = curve_rows(steps("LPLR-LDLQ", "no rank", (0.1,)))
+    assert (alone["error"], alone["over_first_whole"], alone["sublayers"]) == (0.1, None, 1)
+    curve_figure(steps("LPLR-LDLQ", "no rank", (0.1,)))
 
 
 def test_blocks_mark_padding():
