@@ -148,6 +148,10 @@ def check_settings(
     init: str = "lr_first",
     q_hessian: str = "plain",
     update_order: Sequence[str] = ("LR", "Q"),
+    inner_iterations: int = 5,
+    sweeps: int = 2,
+    refinements: int = 1,
+    scale_multiplier: float = 1.0,
 ) -> None:
     """Raise ConfigError for settings that would decompose nothing or cannot exist."""
     m, n = shape
@@ -162,6 +166,15 @@ def check_settings(
         raise ConfigError(f"rank={rank} does not fit a {m}x{n} matrix; use 0 to {min(m, n)}")
     if q_bits == 0 and rank == 0:
         raise ConfigError("q_bits=0 and rank=0: nothing is left of the matrix; raise one of them")
+    for option, count in (
+        ("inner_iterations", inner_iterations),
+        ("sweeps", sweeps),
+        ("refinements", refinements),
+    ):
+        if count < 0:
+            raise ConfigError(f"{option}={count}; use 0 or more")
+    if not 0 < scale_multiplier < math.inf:
+        raise ConfigError(f"scale_multiplier={scale_multiplier}; use a positive number, near 1")
     for option, given, choices in (
         ("init", init, (*INITS, "auto")),
         ("q_hessian", q_hessian, (*Q_HESSIANS, "auto")),
@@ -231,6 +244,8 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
     apart = ("weight", "prepared", "generator", "overwrite")
     settings = {k: v for k, v in locals().items() if k not in apart}
     settings["update_order"] = list(update_order)
+    if weight.ndim != 2 or not weight.numel():
+        raise DataError(f"weight of shape {tuple(weight.shape)}; expected a matrix with entries")
     if not isinstance(factor_bits, int):
         settings["factor_bits"] = list(factor_bits)
     m, n = weight.shape
@@ -245,6 +260,10 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
         init=init,
         q_hessian=q_hessian,
         update_order=order,
+        inner_iterations=inner_iterations,
+        sweeps=sweeps,
+        refinements=refinements,
+        scale_multiplier=scale_multiplier,
     )
     factor_bits = one_or_two(factor_bits)
     for bits in {*factor_pair(factor_bits)} - {16} if rank else ():
@@ -265,15 +284,15 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
     patterns = None
     if rescale:
         patterns, target, prepared = rescaling(target, prepared)
+    rms = math.sqrt(squared_norm(target) / target.numel())
+    power = 2.0 ** round(math.log2(rms)) if rms > 0 else 1.0
+    target /= power
     signs_out = None
     if prepared.signs_in is not None:
         if generator is None:
             raise ConfigError("the Hessian is rotated: a generator for the output signs is needed")
         signs_out = random_signs(m, generator)
         rotate_weight_(target, signs_out, prepared.signs_in)
-    rms = math.sqrt(squared_norm(target) / target.numel())
-    power = 2.0 ** round(math.log2(rms)) if rms > 0 else 1.0
-    target /= power
     problem = Problem(
         target=target,
         prepared=prepared,

@@ -30,7 +30,7 @@ ROWS_AT_ONCE = 4096
 DOUBLE_UP_TO = 1024
 """Wider inputs are multiplied in float32 on the CPU too (twice as fast)."""
 
-COMMAND = "python -m lplr_q.save_hessians --model MODEL"
+COMMAND = "python -m lplr_q.save_hessians --base-model MODEL"
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,12 @@ class StoredMoments(Mapping[str, SecondMoment]):
         what = f"Hessian of layer {layer}, {sublayer}"
         if not path.is_file():
             raise DataError(f"{path}: {what} is missing; make it with: {COMMAND}")
-        tensors = storage.read_safetensors(path)
+        try:
+            tensors = storage.read_safetensors(path)
+        except DataError as error:
+            raise DataError(
+                f"{path}: {what} is damaged ({error}); delete it and make it with: {COMMAND}"
+            ) from None
         if storage.sha256(path) != entry["sha256"]:
             raise DataError(
                 f"{path}: {what} was altered; delete the folder and make it with: {COMMAND}"

@@ -5,6 +5,7 @@ H = M blkdiag(D_1 .. D_B) M^T,   M unit lower block triangular.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +126,8 @@ def regularise(
     ``overwrite`` puts the result where H was, if that is float64.
 
     Raises:
-        DataError: not square, non-finite, negative diagonal, or asymmetric by more than 1e-2.
+        DataError: not square, non-finite, negative diagonal, or asymmetric by more than 1e-2
+            (above 1e-5 there is a warning).
     """
     if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1] or hessian.shape[0] < 1:
         raise DataError(f"{name} has shape {tuple(hessian.shape)}; expected a square matrix")
@@ -136,6 +138,10 @@ def regularise(
     asymmetry = apart / float(h.norm().clamp_min(1e-300))
     if asymmetry > 1e-2:
         raise DataError(f"{name} is not symmetric: |H - H^T| / |H| = {asymmetry:.3g}")
+    if asymmetry > 1e-5:
+        warnings.warn(
+            f"{name}: |H - H^T| / |H| = {asymmetry:.3g}; (H + H^T) / 2 is used", stacklevel=2
+        )
     symmetrise_(h)
     diagonal = h.diagonal()
     if float(diagonal.min()) < 0:

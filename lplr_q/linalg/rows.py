@@ -49,8 +49,9 @@ def row_chunks(m: int) -> list[slice]:
 
 def squared_norm(matrix: Rows) -> float:
     """|A|^2 in float64."""
+    norm = torch.linalg.vector_norm
     chunks = row_chunks(matrix.shape[0])
-    return sum(float(matrix[rows].square().sum(dtype=torch.float64)) for rows in chunks)
+    return sum(float(norm(matrix[rows], dtype=torch.float64)) ** 2 for rows in chunks)
 
 
 def times(matrix: Rows, right: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:

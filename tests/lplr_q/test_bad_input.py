@@ -13,7 +13,7 @@ from lplr_q import eval_zeroshot, native, quantize_save
 from lplr_q.activation_aware.dataclasses import DataParameters, LPLRParams, ModelParameters
 from lplr_q.activation_aware.decompose import decompose, fitting_rank, prepare_hessian
 from lplr_q.activation_aware.hessian import collect_hessians, load_hessians, save_hessians
-from lplr_q.activation_aware.moments import SecondMomentAccumulator
+from lplr_q.activation_aware.moments import COMMAND, SecondMomentAccumulator
 from lplr_q.activation_aware.weight_compression import ActivationAwareWeightCompressor
 from lplr_q.baselines import gptq, round_to_nearest
 from lplr_q.codebooks.base import make_codebook
@@ -68,14 +68,56 @@ def test_a_missing_hessian_names_layer_key_path_and_command(calibration, tmp_pat
         load_hessians(tmp_path).of(NAME)
     for words in ("layer 0", "mlp.down_proj", str(tmp_path), "python -m lplr_q.save_hessians"):
         assert words in str(error.value)
+    script = importlib.import_module("lplr_q.save_hessians")
+    words = COMMAND.split()
+    assert words[:3] == ["python", "-m", script.__name__]
+    assert parse(script.EXPERIMENT, words[3:])[0].base_model == "MODEL"  # it can be run so
 
 
-def test_a_damaged_hessian_is_named(calibration, tmp_path):
+@pytest.mark.parametrize("kept", [-9, 0])
+def test_a_damaged_hessian_is_named(calibration, tmp_path, kept):
     save_hessians(calibration, tmp_path, {"seed": 0})
     file = tmp_path / "000.mlp.down_proj.safetensors"
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(DataError, match=r"000\.mlp\.down_proj\.safetensors"):
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(DataError) as error:
         load_hessians(tmp_path).of(NAME)
+    for words in ("layer 0", "mlp.down_proj", str(file), COMMAND):
+        assert words in str(error.value)
+
+
+def test_an_asymmetric_hessian_warns_and_then_is_refused():
+    hessian = torch.eye(8)
+    hessian[0, 1] = 1e-3
+    with pytest.warns(
+        UserWarning, match=r"\|H - H\^T\| / \|H\| = 0.0005; \(H \+ H\^T\) / 2 is used"
+    ):
+        mended = regularise(hessian, sigma=0)
+    assert float(mended[0, 1]) == float(mended[1, 0]) == pytest.approx(5e-4)
+    hessian[0, 1] = 1.0
+    with pytest.raises(DataError, match="not symmetric"):
+        regularise(hessian)
+
+
+@pytest.mark.parametrize("shape", [(8,), (0, 8), (2, 2, 8)])
+def test_a_weight_that_is_no_matrix(shape):
+    with pytest.raises(DataError, match="expected a matrix with entries"):
+        decompose(torch.zeros(shape), prepare_hessian(None, 8, generator=None))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inner_iterations": -1},
+        {"sweeps": -1},
+        {"refinements": -1},
+        {"scale_multiplier": 0.0},
+        {"scale_multiplier": float("nan")},
+    ],
+)
+def test_counts_and_multipliers_out_of_range(options):
+    prepared = prepare_hessian(None, 8, generator=None)
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        decompose(torch.randn(4, 8), prepared, rank=1, **options)
 
 
 def test_a_hessian_of_another_width():

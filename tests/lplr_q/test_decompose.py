@@ -314,6 +314,16 @@ def test_bad_matrices():
         run(weight, hessian)
 
 
+@pytest.mark.parametrize("size", [1e30, 1e-35])
+def test_weights_of_any_magnitude(size):
+    weight, hessian = problem()
+    plain, _ = run(weight, hessian, rank=2, rounds=1)
+    result, _ = run(weight * size, hessian, rank=2, rounds=1)
+    assert result.error == pytest.approx(plain.error, rel=2e-2)
+    decoded = result.dequantize()
+    assert relative_error(weight, decoded / size, hessian) == pytest.approx(plain.error, rel=0.05)
+
+
 def test_rank_deficient_hessian_works_after_regularisation():
     weight, _ = problem()
     x = torch.randn(40, 3, generator=generator())
