@@ -21,9 +21,9 @@ LPLRQuantizedLinear, CalderaQuantizedLinear LPLRQuantizedLinear.from_decompositi
 AbstractQuantizer, QuantizerFactory         lplr_q.utils.quantization: Quantizer, QuantizerFactory
 =========================================== ===================================================
 
-What differs on purpose: `update_order` may not be empty (it decomposed nothing); L and R have the
-same number of bits and, by default, Lloyd-Max codes; the second stage of a codebook has one scale,
-not an override; sweeps after LDLQ are guarded, two by default instead of ten.
+What differs on purpose: `update_order` may not be empty (it decomposed nothing); L and R have
+Lloyd-Max codes by default; the second stage of a codebook has one scale, not an override; sweeps
+after LDLQ are guarded, two by default instead of ten.
 Gone, because nothing depends on them: `chunk_size`, `devices`, `hardcode_attn_mask`, `verbose`,
 `AccumulatorArgs`, `QuantInfo`, `hadamard_transform_L`, `hadamard_transform_R`, `Haar_transform_L`;
 `quip_sharp_initialization` is `init="q_first"`, `quant_factory_Q` and `quant_factory_LR` are

@@ -40,7 +40,7 @@ class Tuning:
     """Without model_save_path: bits per weight, overheads included."""
     codebook: str = "e8p"
     """Without model_save_path: codebook of Q."""
-    factor_bits: int = 4
+    factor_bits: int | tuple[int, int] = 4
     """Without model_save_path: bits per entry of L and R."""
     include: str = ".*"
     """Without model_save_path: regular expression of the layers to compress."""

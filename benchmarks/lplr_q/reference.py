@@ -57,6 +57,8 @@ ROWS: dict[str, tuple[dict, float | None]] = {
     "alternation, 4-bit Lloyd-Max factors": ({**BOTH, "sweeps": 0, "rounds": 4}, 0.1114),
     "alternation, 4-bit Lloyd-Max factors, 2 sweeps": (BOTH, 0.1086),
     "the same and a joint refinement": ({"rank": 32}, None),
+    "the same, L of 3 bits, R of 5 bits": ({"rank": 32, "factor_bits": (3, 5)}, None),
+    "the same, L of 5 bits, R of 3 bits": ({"rank": 32, "factor_bits": (5, 3)}, None),
     "alternation, downdate": ({**BOTH, "q_hessian": "downdate"}, 0.149),
     "alternation, ProjQ": ({**BOTH, "q_hessian": "projq"}, None),
     "trellis L = 10, 4-bit factors, 2 rounds, no sweeps": (
