@@ -18,6 +18,7 @@ REPEATS = 5
 
 
 def main() -> None:
+    """One step of each on the matrices of micro-mistral."""
     torch.set_num_threads(1)
     model = build_model(MICRO_MISTRAL)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "proj" in n]

@@ -43,6 +43,7 @@ MULTIPLIER = {"lloyd-max": 1.0, "tcq": 1.0, "tcq-8": 1.0}
 
 @contextmanager
 def without_c():
+    """In it the codebooks run in torch, whether C was compiled or not."""
     before = os.environ.get("FIVEFOLD_NATIVE")
     os.environ["FIVEFOLD_NATIVE"] = "0"
     try:
@@ -65,6 +66,7 @@ def seconds(function: Callable, repeats: int) -> float:
 
 
 def in_torch(book, x):
+    """Codes of x by the torch form of the encoder."""
     with without_c():
         return book.encode(x)
 
@@ -95,6 +97,7 @@ def on_reference(book, problem) -> list[float]:
 
 
 def rotated_reference():
+    """(weight of unit rms, Hessian, loss of zero) of the reference problem, both sides rotated."""
     weight, hessian = reference_problem()
     generator = torch.Generator().manual_seed(0)
     signs_in, signs_out = random_signs(512, generator), random_signs(512, generator)
@@ -105,6 +108,7 @@ def rotated_reference():
 
 
 def measure(name: str, bits: int, problem, weights: int, repeats: int) -> dict:
+    """Gaussian error, error on the reference problem and times per weight of one codebook."""
     book = make_codebook(name, bits)
     high = getattr(book, "rows", 1) * 16
     shape = (high, weights // high // book.dim, book.dim)
@@ -132,6 +136,7 @@ def measure(name: str, bits: int, problem, weights: int, repeats: int) -> dict:
 
 
 def main(weights: int, repeats: int, output: Path) -> None:
+    """Measure all codebooks, print and write the table."""
     torch.set_num_threads(1)
     print(native.status())
     problem = rotated_reference()

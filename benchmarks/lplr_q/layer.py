@@ -39,6 +39,7 @@ def smallest(forms: dict[str, Callable], repeats: int) -> dict[str, float]:
 
 
 def random_codes(name: str, bits: int, size: int, generator: torch.Generator) -> list:
+    """Code tensors of a square matrix; any integers are codes."""
     parts = []
     for shape, kind in code_layout("q", size, size, make_codebook(name, bits)).values():
         low, high = (-(2**15), 2**15) if kind == torch.int16 else (0, 256)
@@ -101,6 +102,7 @@ def factor_row(size: int, rank: int, repeats: int) -> dict:
 
 @torch.inference_mode()
 def main(repeats: int, size: int, output: Path) -> None:
+    """Time all codebooks and two ranks, print and write the table."""
     torch.set_num_threads(1)
     rows = [product_row(name, bits, size, repeats) for name, bits in BOOKS]
     rows += [factor_row(size, size // part, repeats) for part in (64, 16)]

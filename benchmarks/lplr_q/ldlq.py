@@ -182,6 +182,7 @@ def hadamard_pairs(transform: int) -> dict[str, Pair]:
 
 
 def main(repeats: int, size: int, width: int, transform: int, output: Path) -> None:
+    """Time every pair, print and write the ratios."""
     torch.set_num_threads(1)
     errors: dict[str, tuple[float, float]] = {"Q step with refinement": q_step_errors(size)}
     pairs = {**ldlq_pairs(size), **hadamard_pairs(transform)}

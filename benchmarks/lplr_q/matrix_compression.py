@@ -46,6 +46,7 @@ def seconds(
 
 
 def main(size: int, ranks: list[int], bits: int, repeats: int, output: Path) -> None:
+    """Time every form at every rank, print and write the table."""
     torch.set_num_threads(1)
     matrix = power_law_matrix(size, size, 1.0, torch.Generator().manual_seed(0))
     rows = []

@@ -131,6 +131,7 @@ def baselines(weight: torch.Tensor, hessian: torch.Tensor) -> dict[str, tuple[di
 
 
 def main(only: str, output: Path) -> None:
+    """Measure the methods whose name contains this; rows of others in the file stay."""
     torch.set_num_threads(1)
     weight, hessian = reference_problem()
     kept = {row["method"]: row for row in read_csv(output)} if output.exists() else {}

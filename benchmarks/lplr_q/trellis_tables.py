@@ -20,6 +20,7 @@ START = {1: 0.85, 2: 1.0, 3: 1.06, 4: 1.1}  # standard deviation of the first ta
 
 
 def error(table: torch.Tensor, bits: int) -> float:
+    """Mean squared error of coding Gaussian numbers that no table was fitted to."""
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(12345))
     x = x / x.square().mean().sqrt()
     window = table.numel().bit_length() - 1
@@ -27,6 +28,7 @@ def error(table: torch.Tensor, bits: int) -> float:
 
 
 def main(rounds: int, sequences: int, output: Path) -> None:
+    """Train a table for every window and width and write them all."""
     torch.set_num_threads(1)
     tables = {}
     for window in (8, 10):

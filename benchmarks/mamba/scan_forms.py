@@ -20,6 +20,7 @@ from workbench.mamba import chunked_scan, selective_scan
 
 
 def seconds(run: Callable[[], torch.Tensor], repeats: int) -> tuple[float, float]:
+    """Smallest CPU seconds of the forward pass, and of both passes."""
     forward, both = [], []
     for _ in range(repeats):
         start = time.process_time()
@@ -31,11 +32,13 @@ def seconds(run: Callable[[], torch.Tensor], repeats: int) -> tuple[float, float
 
 
 def mamba_inputs(batch: int, length: int, width: int, state: int) -> list[torch.Tensor]:
+    """u, step sizes, A, B and C of the scan with a decay per channel and state."""
     shapes = [(batch, length, width)] * 2 + [(width, state)] + [(batch, length, state)] * 2
     return _signed(shapes)
 
 
 def mamba2_inputs(batch: int, length: int, heads: int, state: int) -> list[torch.Tensor]:
+    """u, step sizes, A, B and C of the scan with a decay per head."""
     shapes = [(batch, length, heads, 32), (batch, length, heads), (heads,)]
     return _signed([*shapes, (batch, length, 1, state), (batch, length, 1, state)])
 
@@ -48,6 +51,7 @@ def _signed(shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
 
 
 def main() -> None:
+    """Time every form of both scans, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)

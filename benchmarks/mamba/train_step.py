@@ -29,6 +29,7 @@ from workbench.mamba import fast_mamba
 
 
 def build(family: str, width: int, layers: int) -> torch.nn.Module:
+    """A random model by transformers."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 1024, "hidden_size": width, "num_hidden_layers": layers}
     if family == "mamba":
@@ -38,6 +39,7 @@ def build(family: str, width: int, layers: int) -> torch.nn.Module:
 
 
 def step(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, float, list[torch.Tensor]]:
+    """CPU seconds, loss and gradients of one forward and backward pass."""
     model.zero_grad()
     start = time.process_time()
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -47,6 +49,7 @@ def step(model: torch.nn.Module, ids: torch.Tensor) -> tuple[float, float, list[
 
 
 def measure(family: str, batch: int, length: int, width: int, layers: int, repeats: int) -> dict:
+    """Stock against fast: seconds, their ratio, and how far losses and gradients differ."""
     model = build(family, width, layers)
     ids = torch.randint(0, 1024, (batch, length), generator=torch.Generator().manual_seed(1))
     step(model, ids[:, :8])
@@ -76,6 +79,7 @@ def measure(family: str, batch: int, length: int, width: int, layers: int, repea
 
 
 def main() -> None:
+    """Measure both families at every length, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--family", nargs="+", default=["mamba", "mamba2"])
     parser.add_argument("--time", nargs="+", type=int, default=[64, 256])

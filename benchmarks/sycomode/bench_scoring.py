@@ -28,6 +28,7 @@ def seconds_of(action, repeats: int = 3) -> float:
 
 
 def main() -> None:
+    """Time both ways of scoring at every prompt length and print the ratio."""
     import torch
 
     from sycomode.selfstudy import lesson

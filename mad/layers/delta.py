@@ -17,6 +17,7 @@ Glossary: d width, H heads, e = d/H head width, c chunk, N chunks, L time.
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +60,24 @@ def delta_rule_step(
     return (state * q[..., None]).sum(dim=-2), state
 
 
+def by_steps(
+    step: Callable[..., tuple[Tensor, Tensor]],
+    state: Float[Tensor, "batch heads head value"] | None,
+    k: Float[Tensor, "batch heads time head"],
+    v: Float[Tensor, "batch heads time value"],
+    parts: Sequence[Float[Tensor, "batch heads time *rest"]],
+) -> tuple[Float[Tensor, "batch heads time value"], Float[Tensor, "batch heads head value"]]:
+    """Outputs and the last memory of `step(memory, *parts at one time)`, from an empty memory where
+    no state is given."""
+    if state is None:
+        state = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
+    outputs = []
+    for t in range(k.shape[2]):
+        y, state = step(state, *(x[:, :, t] for x in parts))
+        outputs.append(y)
+    return torch.stack(outputs, dim=2), state
+
+
 def delta_rule_recurrent(
     q: Float[Tensor, "batch heads time head"],
     k: Float[Tensor, "batch heads time head"],
@@ -68,15 +87,7 @@ def delta_rule_recurrent(
     state: Float[Tensor, "batch heads head value"] | None = None,
 ) -> tuple[Float[Tensor, "batch heads time value"], Float[Tensor, "batch heads head value"]]:
     """The rule step by step, in any precision: outputs and the last state. The reference."""
-    if state is None:
-        state = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
-    outputs = []
-    for t in range(k.shape[2]):
-        y, state = delta_rule_step(
-            state, q[:, :, t], k[:, :, t], v[:, :, t], beta[:, :, t], log_decay[:, :, t]
-        )
-        outputs.append(y)
-    return torch.stack(outputs, dim=2), state
+    return by_steps(delta_rule_step, state, k, v, (q, k, v, beta, log_decay))
 
 
 def in_chunks(

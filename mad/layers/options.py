@@ -103,13 +103,9 @@ class SwiGLUOptions:
 
 
 @dataclass(frozen=True)
-class HyenaOptions:
-    """Gated long convolution with an implicit filter, one filter per channel."""
+class LongFilterOptions:
+    """What the layers with long filters share."""
 
-    inner_factor: int = 4
-    """Inner channels per unit of width."""
-    proj_groups: int = 4
-    """The input projection yields a 1/groups share of the channels and is tiled."""
     short_filter: int = 3
     """Length of the depthwise causal filter after the input projection."""
     filter: Literal["implicit", "rtf"] = "implicit"
@@ -119,33 +115,38 @@ class HyenaOptions:
     """Hidden width of the network that makes the filter, or the order of the rational function."""
     rtf_init: Literal["zero", "xavier", "montel"] = "zero"
     """Coefficients of a rational filter at first: none, U(±√(6/(N + 1))/N) or U(±1/N)."""
+
+
+@dataclass(frozen=True)
+class TiledFilterOptions(LongFilterOptions):
+    """And those whose input projection is tiled."""
+
+    proj_groups: int = 4
+    """The input projection yields a 1/groups share of the channels and is tiled."""
     rtf_denominators: int | None = None
     """Denominators that equal groups of channels share; none means one for each channel."""
+
+
+@dataclass(frozen=True)
+class HyenaOptions(TiledFilterOptions):
+    """Gated long convolution with an implicit filter, one filter per channel."""
+
+    inner_factor: int = 4
+    """Inner channels per unit of width."""
+    filter_order: int = 4
     kernel: Literal["auto", "toeplitz", "fft"] = "auto"
     """How the long convolution is computed; both are exact."""
 
 
 @dataclass(frozen=True)
-class MultiHeadHyenaOptions:
+class MultiHeadHyenaOptions(TiledFilterOptions):
     """Hyena over outer products, one filter per group of channels."""
 
     num_heads: int = 16
     """H: group size in layout `code`, number of groups in layout `paper`."""
     layout: Literal["code", "paper"] = "code"
     """`code`: d/H groups of H channels, as published code has it; `paper`: H groups of d/H."""
-    proj_groups: int = 4
-    """The input projection yields a 1/groups share of the channels and is tiled."""
-    short_filter: int = 3
-    """Length of the depthwise causal filter after the input projection."""
-    filter: Literal["implicit", "rtf"] = "implicit"
-    """`implicit`: taps from a small network of time; `rtf`: those of a rational transfer function,
-    which has a short exact state."""
     filter_order: int = 2
-    """Hidden width of the network that makes the filter, or the order of the rational function."""
-    rtf_init: Literal["zero", "xavier", "montel"] = "zero"
-    """Coefficients of a rational filter at first: none, U(±√(6/(N + 1))/N) or U(±1/N)."""
-    rtf_denominators: int | None = None
-    """Denominators that equal groups of channels share; none means one for each channel."""
     kernel: Literal["auto", "toeplitz", "fft"] = "auto"
     """`toeplitz` is masked linear attention with a learned decay; `fft` convolves products."""
 
@@ -209,7 +210,7 @@ class DeltaNetOptions:
 
 
 @dataclass(frozen=True)
-class HyenaExpertsOptions:
+class HyenaExpertsOptions(LongFilterOptions):
     """Hyena whose channels are experts; a router picks which of them reach the output."""
 
     expert_width: int = 16
@@ -218,15 +219,7 @@ class HyenaExpertsOptions:
     """Experts E."""
     active: int = 2
     """Experts that a token uses."""
-    short_filter: int = 3
-    """Length of the depthwise causal filter after the input projection."""
-    filter: Literal["implicit", "rtf"] = "implicit"
-    """`implicit`: taps from a small network of time; `rtf`: those of a rational transfer function,
-    which has a short exact state."""
     filter_order: int = 16
-    """Hidden width of the network that makes the filter, or the order of the rational function."""
-    rtf_init: Literal["zero", "xavier", "montel"] = "zero"
-    """Coefficients of a rational filter at first: none, U(±√(6/(N + 1))/N) or U(±1/N)."""
     legacy: bool = False
     """Route as the published code does: experts that were not picked keep a weight."""
     kernel: Literal["auto", "toeplitz", "fft"] = "auto"

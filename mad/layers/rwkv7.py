@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mad.layers.decay import at_least_float32
-from mad.layers.delta import prepare_chunks, solve_chunks, unit
+from mad.layers.delta import by_steps, prepare_chunks, solve_chunks, unit
 from mad.layers.kernels import compiled, known_kernel
 from mad.layers.layer import Layer, State
 from workbench.errors import ConfigError
@@ -68,14 +68,7 @@ def generalised_delta_recurrent(
     state: Float[Tensor, "batch heads head value"] | None = None,
 ) -> tuple[Float[Tensor, "batch heads time value"], Float[Tensor, "batch heads head value"]]:
     """The rule step by step, in any precision: outputs and the last state. The reference."""
-    if state is None:
-        state = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
-    outputs = []
-    for t in range(k.shape[2]):
-        parts = (x[:, :, t] for x in (r, log_decay, k, v, removal, rate))
-        y, state = generalised_delta_step(state, *parts)
-        outputs.append(y)
-    return torch.stack(outputs, dim=2), state
+    return by_steps(generalised_delta_step, state, k, v, (r, log_decay, k, v, removal, rate))
 
 
 def generalised_delta_chunked(
