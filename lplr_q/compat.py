@@ -103,6 +103,7 @@ def LPLRq(
         W.shape[1],
         generator=streams.torch("signs/in") if quant_params.rotated else None,
         sigma=quant_params.quip_args.sigma_reg,
+        rotation=quant_params.quip_args.incoh_mode,
     )
     return decompose_with(quant_params, W.to(device), prepared, streams.torch("signs/out"))
 

@@ -5,7 +5,6 @@ Optionally the weights make up for a share of the error that has come so far.   
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ def compress_in_turns(
         folder / MANIFEST,
         {
             "calibration": {**fingerprint, "inputs": "compressed", "error_propagation": alpha},
-            "settings": dataclasses.asdict(settings),
+            "settings": settings.record(),
             "allocation": None if allocation is None else digest_of(allocation),
         },
         what="compressed sublayers",

@@ -88,7 +88,8 @@ def spectrum(
     m, n = weight.shape
     own = weight.detach().double()
     if prepared.signs_in is not None:  # the basis of C; the output side changes no singular value
-        own = rotate_weight(own, torch.ones(m, dtype=torch.int8), prepared.signs_in)
+        plain = torch.ones(m, dtype=torch.int8)
+        own = rotate_weight(own, plain, prepared.signs_in, prepared.rotation)
     factor = prepared.factor.double()
     _, values, z = torch.linalg.svd(own @ factor, full_matrices=False)
     rows = torch.linalg.solve_triangular(factor, z, upper=False, left=False)

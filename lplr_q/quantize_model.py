@@ -6,7 +6,6 @@ and a named random stream, so units can be done in any order, kept, and skipped 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 import time
@@ -98,6 +97,7 @@ def prepare_sublayer(
             sigma=settings.sigma_reg,
             compact=True,
             overwrite=True,
+            rotation=settings.rotation,
         )
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
@@ -367,7 +367,7 @@ def compress_model(
         {
             "weights": weights.digest(),
             "calibration": hessians.digest(),
-            "settings": dataclasses.asdict(settings),
+            "settings": settings.record(),
             "allocation": None if allocation is None else digest_of(allocation),
         },
         what="compressed sublayers",

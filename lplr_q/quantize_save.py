@@ -118,6 +118,9 @@ class Experiment:
             )
         if self.inputs == "compressed" and (self.workers > 1 or len(self.devices) > 1):
             raise ConfigError("--inputs compressed works block after block; use one worker")
+        mode = self.params.quip_args.incoh_mode
+        if self.rht == "strict" and mode != "had":
+            raise ConfigError(f"--rht strict with --incoh_mode {mode}: that is no Hadamard matrix")
 
 
 EXPERIMENT = Experiment()  # edit me
@@ -137,6 +140,7 @@ def settings_of(e: Experiment) -> CompressionSettings:
         bits=params.target_bpw,
         rht=params.rotated,
         sigma_reg=params.quip_args.sigma_reg,
+        rotation=params.quip_args.incoh_mode,
         ft_rank=params.ft_rank,
         group=params.group,
         seed=e.seed,
@@ -173,8 +177,8 @@ def _quantize(run: Run, e: Experiment) -> dict[str, Any]:
     if left:
         run.note(f"{len(left)} modules of fused experts stay in 16 bit, e.g. {left[0]}")
     names = chosen_names(model, e)
-    if e.rht == "strict" and e.params.rotated:
-        require_hadamard_widths(model, names)
+    if e.params.rotated and e.params.method not in BASELINES:
+        require_rotations(model, names, settings.rotation, strict=e.rht == "strict")
     if e.inputs == "compressed":
         records = _in_turns(run, e, model, tokenizer, settings, allocation, work, names)
     else:
@@ -210,16 +214,18 @@ def chosen_names(model: Any, e: Experiment) -> list[str]:
     return names
 
 
-def require_hadamard_widths(model: Any, names: list[str]) -> None:
-    """Raise ConfigError naming the first layer that a Hadamard matrix of its width is missing for,
-    on either side."""
+def require_rotations(model: Any, names: list[str], rotation: str, *, strict: bool) -> None:
+    """Raise ConfigError naming the first layer one of whose sides cannot be rotated so; ``strict``
+    accepts Hadamard matrices only."""
     from lplr_q.activation_aware.discovery import linear_shape
-    from lplr_q.linalg.hadamard import require_hadamard
+    from lplr_q.linalg.hadamard import require_hadamard, rotation_plan
 
     for name in names:
         for width in linear_shape(model.get_submodule(name)):
             try:
-                require_hadamard(width)
+                rotation_plan(width, rotation)
+                if strict:
+                    require_hadamard(width, rotation)
             except ConfigError as error:
                 raise ConfigError(f"{name}: {error}") from None
 

@@ -15,6 +15,7 @@ from lplr_q.bits import (
     one_or_two,
     rank_for_budget,
 )
+from lplr_q.linalg.hadamard import ROTATIONS
 from workbench.errors import ConfigError, unknown_name
 
 METHODS = ("lplr-ldlq", "quip-sharp", "lplr", "rtn", "gptq")
@@ -61,6 +62,8 @@ class CompressionSettings:
     scale_multiplier: float = 1.0
     compute_q: bool = True
     compute_lr: bool = True
+    rotation: str = "had"
+    """Where rht is on: had, kron or fft."""
     rescale: bool = False
     """Balance input channels before the rotation (rescale_WH)."""
     ft_rank: int = 0
@@ -75,6 +78,8 @@ class CompressionSettings:
         object.__setattr__(self, "factor_bits", one_or_two(self.factor_bits))
         if self.method not in METHODS:
             raise unknown_name("method", self.method, METHODS)
+        if self.rotation not in ROTATIONS:
+            raise unknown_name("rotation", self.rotation, ROTATIONS)
         rounding = self.method in ("rtn", "gptq")
         if self.bits is None and (
             (self.q_bits is None and self.method != "lplr")
@@ -85,6 +90,12 @@ class CompressionSettings:
             )
         if rounding and self.bits is None and self.group is None:
             raise ConfigError(f"method={self.method} without bits needs group, e.g. 128")
+
+    def record(self) -> dict[str, Any]:
+        """The fields, for a manifest; those that came later only where they are changed."""
+        later = {"rotation": "had"}
+        fields = dataclasses.asdict(self)
+        return {k: v for k, v in fields.items() if k not in later or v != later[k]}
 
 
 DECOMPOSE_FIELDS = (

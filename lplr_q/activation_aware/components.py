@@ -46,7 +46,9 @@ def add_components(
         right = right * divisor
     if layer.form.rotated:
         signs_out, signs_in = (1 / s.detach().float() for s in layer.signs())
-        left, right = rotate_rows(left.T, signs_out).T, rotate_rows(right, signs_in)
+        family = layer.form.rotation
+        left = rotate_rows(left.T, signs_out, family).T
+        right = rotate_rows(right, signs_in, family)
     _append(layer, left, right)
     return layer
 

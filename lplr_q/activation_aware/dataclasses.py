@@ -139,7 +139,8 @@ class QuipArgs:
     lowmem_ldlq: bool = False
     """Of the published code, without effect: corrections go through a small buffer in any case."""
     incoh_mode: Literal["had", "kron", "fft"] = "had"
-    """Rotation: had is the Hadamard transform, where no matrix exists the stated fallback."""
+    """Rotation: had is the Hadamard transform (where no matrix exists, fft), kron the product of
+    two dense orthogonal matrices, fft the Hartley transform."""
     rescale_WH: bool = False
     """Balance input channels before the rotation."""
     lora_rank: int = 0
@@ -154,11 +155,6 @@ class QuipArgs:
             raise ConfigError(f"sigma_reg2={self.sigma_reg2}: only 0.01 is offered; leave it out")
         require_least(self, 0, "quip_tune_iters")
         _choice("incoh_mode", self.incoh_mode, ("had", "kron", "fft"))
-        if self.incoh_mode != "had":
-            raise ConfigError(
-                f"incoh_mode={self.incoh_mode!r}: the rotation follows from the width here, a "
-                "Hadamard matrix where one exists and a random transform elsewhere; use 'had'"
-            )
         if self.scale_override != -1 and not 0 < self.scale_override < 10:
             raise ConfigError(f"scale_override={self.scale_override}; use -1, or about 0.8 to 1.1")
         if self.resid_scale_override != -1:

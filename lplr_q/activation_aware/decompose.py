@@ -36,9 +36,9 @@ from lplr_q.activation_aware.shaping import Q_HESSIANS
 from lplr_q.bits import FactorBits, LayerBits, factor_pair, layer_bits, one_or_two
 from lplr_q.codebooks.base import make_codebook
 from lplr_q.linalg.hadamard import (
-    hadamard_plan,
     random_signs,
     rotate_weight_,
+    rotation_plan,
     unrotate_rows,
     unrotate_weight,
 )
@@ -85,6 +85,8 @@ class Decomposition:
     """Bit patterns of the bfloat16 d; the layer divides its input by d."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Arguments of :func:`decompose`, with what ``auto`` chose."""
+    rotation: str = "had"
+    """The family of Theta where there are signs."""
 
     @property
     def rank(self) -> int:
@@ -123,7 +125,7 @@ class Decomposition:
         """The matrix in its own basis, from codes."""
         total = self.rotated()
         if self.signs_out is not None and self.signs_in is not None:
-            total = unrotate_weight(total, self.signs_out, self.signs_in)
+            total = unrotate_weight(total, self.signs_out, self.signs_in, self.rotation)
         if self.rescale is not None:
             total = total / self.rescale.view(torch.bfloat16).float()
         return total
@@ -292,7 +294,7 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
         if generator is None:
             raise ConfigError("the Hessian is rotated: a generator for the output signs is needed")
         signs_out = random_signs(m, generator)
-        rotate_weight_(target, signs_out, prepared.signs_in)
+        rotate_weight_(target, signs_out, prepared.signs_in, prepared.rotation)
     problem = Problem(
         target=target,
         prepared=prepared,
@@ -323,6 +325,7 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
         signs_out=signs_out,
         signs_in=prepared.signs_in,
         rescale=patterns,
+        rotation=prepared.rotation,
         settings=settings | {"init": done.init, "q_hessian": done.q_hessian},
     )
     assert done.best is not None
@@ -422,11 +425,11 @@ def _own_inputs(rows: Float[Tensor, "k n"], draft: Decomposition) -> Float[Tenso
     if draft.rescale is None:
         return rows
     if draft.signs_in is not None:
-        rows = unrotate_rows(rows, draft.signs_in)
+        rows = unrotate_rows(rows, draft.signs_in, draft.rotation)
     return rows / draft.rescale.view(torch.bfloat16).to(rows.dtype)
 
 
-def rotation_kind(width: int) -> str:
+def rotation_kind(width: int, rotation: str = "had") -> str:
     """Name of the construction used for this width, for the metadata."""
-    plan = hadamard_plan(width)
+    plan = rotation_plan(width, rotation)
     return plan.kind if plan.order == 1 else f"{plan.kind}-{plan.order}"

@@ -34,7 +34,9 @@ def outlier_channels(prepared: PreparedHessian, rank: int) -> Float[Tensor, "k n
     chosen = energy.argsort(descending=True, stable=True)[:count].sort().values
     rows = torch.zeros(count, n, dtype=torch.float32, device=prepared.matrix.device)
     rows[torch.arange(count), chosen] = 1.0
-    return rows if prepared.signs_in is None else rotate_rows(rows, prepared.signs_in)
+    if prepared.signs_in is None:
+        return rows
+    return rotate_rows(rows, prepared.signs_in, prepared.rotation)
 
 
 def odlri_start(

@@ -124,6 +124,7 @@ class ActivationAwareLayerQuant:
                 info.shape[1],
                 generator=self._streams.torch(f"signs/in/{info.key}") if rotated else None,
                 sigma=self.params.quip_args.sigma_reg,
+                rotation=self.params.quip_args.incoh_mode,
             )
             self._prepared = (info.key, found)
         return self._prepared[1]

@@ -27,6 +27,7 @@ from torch import Tensor
 from lplr_q.activation_aware.decompose import Decomposition
 from lplr_q.activation_aware.factors import QuantisedFactor, decode_factor
 from lplr_q.codebooks.base import Codebook, make_codebook, rows_of
+from lplr_q.linalg.hadamard import rotation_plan
 from lplr_q.linalg.ldlq import CodebookBlocks
 from lplr_q.pack import pack_bits, pack_signs, packed_size, unpack_bits
 from workbench.errors import ConfigError
@@ -55,6 +56,7 @@ class Form:
     rescaled: bool = False
     ft_rank: int = 0
     signs: SignForm = "packed"
+    rotation: str = "had"
 
     def __post_init__(self) -> None:
         m, n = self.out_features, self.in_features
@@ -66,6 +68,14 @@ class Form:
             )
         if self.signs not in ("packed", "float"):
             raise ConfigError(f"signs={self.signs!r}; choose packed or float")
+        for width in (m, n) if self.rotated else ():
+            rotation_plan(width, self.rotation)
+
+    def settings(self) -> dict[str, Any]:
+        """The fields; those that came later only where they are not what layers had before."""
+        later = {"rotation": "had"}
+        fields = {name: getattr(self, name) for name in type(self).__dataclass_fields__}
+        return {k: v for k, v in fields.items() if k not in later or v != later[k]}
 
     @property
     def coded_rank(self) -> int:

@@ -16,6 +16,7 @@ from lplr_q.linalg.hadamard import (
     random_signs,
     require_hadamard,
     rotate_weight_,
+    rotation_plan,
     unrotate_rows,
 )
 from lplr_q.linalg.ldl import cholesky, cholesky_, regularise, symmetrise_, unit_lower
@@ -39,6 +40,8 @@ class PreparedHessian:
     channels: Float[Tensor, " n"] | None = None
     """Diagonal of H before the rotation: the energy of each input channel."""
     cache: dict[str, Tensor] = field(default_factory=dict)
+    rotation: str = "had"
+    """The family of Theta where ``signs_in`` are there; it holds for the outputs as well."""
 
     def single(self) -> Float[Tensor, "n n"]:
         """H in float32."""
@@ -73,13 +76,16 @@ def prepare_hessian(
     strict: bool = False,
     compact: bool = False,
     overwrite: bool = False,
+    rotation: str = "had",
 ) -> PreparedHessian:
     """Regularise, rotate (when a generator for the signs is given) and factor H; None means H = I.
 
+    ``rotation`` is had, kron or fft (:mod:`lplr_q.linalg.hadamard`), on both sides of W.
     ``strict`` refuses widths without a Hadamard matrix instead of taking the fallback. ``compact``
     keeps H and C in float32 once they are computed; ``overwrite`` works in the memory of
     ``hessian``, if that is float64.
     """
+    rotation_plan(n, rotation)  # complain before any work
     if hessian is None:
         matrix = torch.eye(n, dtype=torch.float64)
     elif hessian.shape != (n, n):
@@ -90,28 +96,32 @@ def prepare_hessian(
         matrix = regularise(hessian, sigma=sigma, overwrite=overwrite)
     signs = None if generator is None else random_signs(n, generator)
     if strict and signs is not None:
-        require_hadamard(n)
-    return _prepared(matrix, signs, compact=compact)
+        require_hadamard(n, rotation)
+    return _prepared(matrix, signs, rotation, compact=compact)
 
 
-def _prepared(matrix: Tensor, signs: Tensor | None, *, compact: bool) -> PreparedHessian:
+def _prepared(
+    matrix: Tensor, signs: Tensor | None, rotation: str, *, compact: bool
+) -> PreparedHessian:
     """Rotates and (if compact) factors in the memory of ``matrix``."""
     channels = matrix.diagonal().clone()
     if signs is not None:
-        rotate_weight_(matrix, signs, signs)
+        rotate_weight_(matrix, signs, signs, rotation)
         symmetrise_(matrix)
     if not compact:
-        return PreparedHessian(matrix, {}, cholesky(matrix), signs, channels)
+        whole = cholesky(matrix)
+        return PreparedHessian(matrix, {}, whole, signs, channels, rotation=rotation)
     single = matrix.float()
-    return PreparedHessian(single, {}, cholesky_(matrix, single).float(), signs, channels)
+    factor = cholesky_(matrix, lambda: single).float()
+    return PreparedHessian(single, {}, factor, signs, channels, rotation=rotation)
 
 
 def unrotated(prepared: PreparedHessian) -> Float[Tensor, "n n"]:
     """H in the basis of the channels."""
     if prepared.signs_in is None:
         return prepared.matrix
-    half = unrotate_rows(prepared.matrix, prepared.signs_in)
-    return unrotate_rows(half.T, prepared.signs_in)
+    half = unrotate_rows(prepared.matrix, prepared.signs_in, prepared.rotation)
+    return unrotate_rows(half.T, prepared.signs_in, prepared.rotation)
 
 
 def rescaling(
@@ -122,8 +132,9 @@ def rescaling(
     d balances the energy of input channels and weight columns. It is divided by its geometric
     mean, clipped to [1/64, 64] and rounded to bfloat16 (bit patterns are returned) before use.
     """
-    norms = weight.double().square().sum(0)
-    energy = unrotated(prepared).diagonal().double()
+    norms = sum(rows.double().square().sum(0) for rows in weight.split(256))
+    own = unrotated(prepared).double()
+    energy = own.diagonal().clone()
     usable = (norms > 0) & (energy > 0)
     d = torch.ones_like(energy)
     d[usable] = (energy[usable] / norms[usable]) ** 0.25
@@ -131,8 +142,9 @@ def rescaling(
         d[usable] = d[usable] / d[usable].log().mean().exp()
     stored = d.clamp(1 / 64, 64).to(torch.bfloat16)
     scale = stored.double()
-    matrix = unrotated(prepared).double() / scale[:, None] / scale[None, :]
+    matrix = own.div_(scale[:, None]).div_(scale[None, :])
+    del own
     patterns = stored.view(torch.int16)
     compact = prepared.matrix.dtype == torch.float32
-    new = _prepared(matrix, prepared.signs_in, compact=compact)
+    new = _prepared(matrix, prepared.signs_in, prepared.rotation, compact=compact)
     return patterns, weight * scale.to(weight.dtype), new

@@ -63,6 +63,7 @@ class LPLRQuantizedLinear(nn.Module):
         rescaled: bool = False,
         ft_rank: int = 0,
         signs: SignForm = "packed",
+        rotation: str = "had",
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -80,6 +81,7 @@ class LPLRQuantizedLinear(nn.Module):
             rescaled=rescaled,
             ft_rank=ft_rank,
             signs=signs,
+            rotation=rotation,
         )
         self.mode: Mode = "dequant"
         self.tile_rows = 0
@@ -122,19 +124,23 @@ class LPLRQuantizedLinear(nn.Module):
             factor_codebook=getattr(left, "codebook", "lloyd-max"),
             rescaled=getattr(result, "rescale", None) is not None,
             ft_rank=ft_rank,
+            rotation=getattr(result, "rotation", "had"),
         )
         layer.load_state_dict(pack_decomposition(result, bias, ft_rank))
         return layer
 
     def settings(self) -> dict[str, Any]:
         """What is needed to build an empty layer of this form (goes into ``config.json``)."""
-        form = {name: getattr(self.form, name) for name in Form.__dataclass_fields__}
-        rotated = self.form.rotated
+        built = {"in": "none", "out": "none"}
+        if self.form.rotated:
+            family = self.form.rotation
+            built["in"] = rotation_kind(self.in_features, family)
+            built["out"] = rotation_kind(self.out_features, family)
         return {
-            **form,
+            **self.form.settings(),
             "bias": self.bias is not None,
-            "rotation_in": rotation_kind(self.in_features) if rotated else "none",
-            "rotation_out": rotation_kind(self.out_features) if rotated else "none",
+            "rotation_in": built["in"],
+            "rotation_out": built["out"],
         }
 
     @classmethod
@@ -256,8 +262,9 @@ class LPLRQuantizedLinear(nn.Module):
         dense = self._rotated_matrix()
         if self.form.rotated:
             signs_out, signs_in = self.signs()
-            dense = theta(dense, True) * signs_in
-            dense = (theta(dense.T, True) * signs_out).T.contiguous()
+            family = self.form.rotation
+            dense = theta(dense, True, family) * signs_in
+            dense = (theta(dense.T, True, family) * signs_out).T.contiguous()
         divisor = self.input_divisor()
         return dense if divisor is None else dense / divisor
 
@@ -303,13 +310,13 @@ class LPLRQuantizedLinear(nn.Module):
             sign = self._keep(
                 "signs_in", torch.float32, lambda: self._sign("signs_in", self.in_features)
             )
-            inner = theta(inner.float() * sign, False)
+            inner = theta(inner.float() * sign, False, self.form.rotation)
         y = self._product(inner.to(x.dtype))
         if self.form.rotated:
             sign = self._keep(
                 "signs_out", torch.float32, lambda: self._sign("signs_out", self.out_features)
             )
-            y = (theta(y.float(), True) * sign).to(x.dtype)
+            y = (theta(y.float(), True, self.form.rotation) * sign).to(x.dtype)
         return y if bias is None else y + bias
 
     def _product(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
@@ -422,8 +429,8 @@ class LPLRQuantizedLinear(nn.Module):
         left, right = left.detach(), right.detach()
         if self.form.rotated:
             signs_out, signs_in = self.signs()
-            left = unrotate_rows(left.T, signs_out).T
-            right = unrotate_rows(right, signs_in)
+            left = unrotate_rows(left.T, signs_out, self.form.rotation).T
+            right = unrotate_rows(right, signs_in, self.form.rotation)
         divisor = self.input_divisor()
         if divisor is not None:
             right = right / divisor

@@ -160,10 +160,10 @@ def _factor_shape(codes: list[Tensor], *others: Any) -> Tensor:
     return codes[0].new_empty(rank, length, dtype=torch.float32)
 
 
-def _theta(x: Tensor, inverse: bool) -> Tensor:
+def _theta(x: Tensor, inverse: bool, rotation: str = "had") -> Tensor:
     """Theta x over the last axis (Theta^T x with ``inverse``); orthogonal, so the gradient is the
     inverse transform and nothing has to be kept for it."""
-    y = hadamard_transform(x, inverse=inverse)
+    y = hadamard_transform(x, inverse=inverse, rotation=rotation)
     return y.clone() if y.data_ptr() == x.data_ptr() else y
 
 
@@ -171,16 +171,16 @@ theta = _Operator("theta", _theta)
 
 
 @theta.register_fake
-def _theta_shape(x: Tensor, inverse: bool) -> Tensor:
+def _theta_shape(x: Tensor, inverse: bool, rotation: str = "had") -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _keep_direction(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.inverse = inputs[1]
+    ctx.inverse, ctx.rotation = inputs[1:]
 
 
 def _theta_back(ctx: Any, grad: Tensor) -> tuple:
-    return theta(grad, not ctx.inverse), None
+    return theta(grad, not ctx.inverse, ctx.rotation), None, None
 
 
 theta.register_autograd(_theta_back, setup_context=_keep_direction)

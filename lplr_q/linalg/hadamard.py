@@ -14,6 +14,10 @@ Which Theta (recorded in the metadata of every compressed layer):
   of two of them): the same stages and one K x K product;
 * ``hartley``    every other width: the orthonormal discrete Hartley transform by FFT, whose entries
   are at most sqrt(2/n). It is a stated fallback: nothing is padded.
+
+That is the rotation ``had``. Two others can be asked for at any width: ``fft`` is the Hartley
+transform, ``kron`` the product of two dense orthogonal matrices
+(:mod:`lplr_q.linalg.orthogonal`).
 """
 
 from __future__ import annotations
@@ -29,8 +33,12 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from lplr_q.constants import on_cpu
-from workbench.errors import ConfigError
+from lplr_q.linalg.orthogonal import kron_orders, orthogonal_matrix
+from workbench.errors import ConfigError, unknown_name
 from workbench.integrations.kernels import fused_kernel
+
+ROTATIONS = ("had", "kron", "fft")
+"""Families of Theta: see the top of this module."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +47,16 @@ class HadamardPlan:
 
     n: int
     kind: str
-    """``sylvester``, ``paley`` or ``hartley``."""
+    """``sylvester``, ``paley``, ``hartley`` or ``kron``."""
     butterfly: int
     """Power of two handled by butterflies."""
     order: int
-    """Order K of the dense factor, 1 when there is none."""
+    """Order K of the dense factor, 1 when there is none; the larger one of ``kron``."""
 
     @property
     def is_hadamard(self) -> bool:
         """Whether every entry of Theta is +-1/sqrt(n)."""
-        return self.kind != "hartley"
+        return self.kind in ("sylvester", "paley")
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:
@@ -191,9 +199,30 @@ def hadamard_plan(n: int) -> HadamardPlan:
     return HadamardPlan(n, "hartley", 1, n)
 
 
+@lru_cache(maxsize=256)
+def rotation_plan(n: int, rotation: str = "had") -> HadamardPlan:
+    """The construction for width ``n`` in one of ``ROTATIONS``.
+
+    >>> rotation_plan(320, "kron")
+    HadamardPlan(n=320, kind='kron', butterfly=1, order=20)
+
+    Raises:
+        ConfigError: unknown rotation, or a width that ``kron`` has no factors for.
+    """
+    if rotation not in ROTATIONS:
+        raise unknown_name("rotation", rotation, ROTATIONS)
+    if rotation == "kron":
+        return HadamardPlan(n, "kron", 1, kron_orders(n)[1])
+    plan = hadamard_plan(n)
+    return plan if rotation == "had" else HadamardPlan(n, "hartley", 1, n)
+
+
 @lru_cache(maxsize=64)
-def _dense_factor(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    normalised = paley_matrix(order).double() / math.sqrt(order)
+def _dense_factor(kind: str, order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if kind == "kron":
+        normalised = orthogonal_matrix(order)
+    else:
+        normalised = paley_matrix(order).double() / math.sqrt(order)
     return normalised.to(device=device, dtype=dtype)
 
 
@@ -233,30 +262,34 @@ def _sylvester(width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return normalised.to(device=device, dtype=dtype)
 
 
-@torch.library.custom_op("lplr_q::paley", mutates_args=())
-def _paley_operator(like: Tensor, order: int) -> Tensor:
+@torch.library.custom_op("lplr_q::dense_factor", mutates_args=())
+def _dense_operator(like: Tensor, kind: str, order: int) -> Tensor:
     """The dense factor on the device and in the type of ``like``, as one node of a graph: its
     construction over a finite field is nothing to trace."""
-    return _dense_factor(order, like.device, like.dtype).clone()
+    return _dense_factor(kind, order, like.device, like.dtype).clone()
 
 
-@_paley_operator.register_fake
-def _paley_shape(like: Tensor, order: int) -> Tensor:
+@_dense_operator.register_fake
+def _dense_shape(like: Tensor, kind: str, order: int) -> Tensor:
     return like.new_empty(order, order)
 
 
 def _factors(
     plan: HadamardPlan, x: Tensor, *, inverse: bool
 ) -> list[tuple[Float[Tensor, "r r"], int]]:
-    """(matrix, stride) of every stage, innermost first: H_n = H_r1 (x) H_r2 (x) .. (x) P_K."""
+    """(matrix, stride) of every stage, innermost first: H_n = H_r1 (x) H_r2 (x) .. (x) P_K, or
+    O_p (x) O_q."""
     found, inner = [], 1
-    if plan.order > 1:
+    for order in (plan.order, plan.n // plan.order if plan.kind == "kron" else 1):
+        if order == 1:
+            continue
         if torch.compiler.is_compiling():
-            factor = _paley_operator(torch.empty(0, device=x.device, dtype=x.dtype), plan.order)
+            like = torch.empty(0, device=x.device, dtype=x.dtype)
+            factor = _dense_operator(like, plan.kind, order)
         else:
-            factor = _dense_factor(plan.order, x.device, x.dtype)
+            factor = _dense_factor(plan.kind, order, x.device, x.dtype)
         found.append((factor.T if inverse else factor, inner))
-        inner = plan.order
+        inner *= order
     for radix in reversed(radices(plan.butterfly)):
         found.append((_sylvester(radix, x.device, x.dtype), inner))
         inner *= radix
@@ -307,7 +340,7 @@ def _fused_stages(x: Tensor, plan: HadamardPlan, kernel: Callable, *, inverse: b
     scale = plan.butterfly**-0.5
     if plan.order == 1:
         return kernel(x, scale)
-    factor = _dense_factor(plan.order, x.device, x.dtype)
+    factor = _dense_factor(plan.kind, plan.order, x.device, x.dtype)
     y = x.reshape(len(x), plan.butterfly, plan.order) @ (factor if inverse else factor.T)
     return kernel(y.transpose(1, 2).contiguous(), scale).transpose(1, 2).reshape(x.shape)
 
@@ -336,6 +369,7 @@ def hadamard_transform(
     x: Float[Tensor, "*batch n"],
     *,
     inverse: bool = False,
+    rotation: str = "had",
     out: Float[Tensor, "*batch n"] | None = None,
 ) -> Float[Tensor, "*batch n"]:
     """Theta x over the last axis (Theta^T x with ``inverse``), orthonormal, in O(n log n + n K).
@@ -343,7 +377,7 @@ def hadamard_transform(
     Half precision is computed in float32 and returned in its own type; gradients flow. ``out``
     (same shape and type, contiguous, not ``x`` itself) receives the result without new memory.
     """
-    plan = hadamard_plan(x.shape[-1])
+    plan = rotation_plan(x.shape[-1], rotation)
     dtype = x.dtype
     if dtype in (torch.float16, torch.bfloat16):
         x = x.float()
@@ -371,45 +405,62 @@ def random_signs(n: int, generator: torch.Generator) -> Int8[Tensor, " n"]:
 
 
 def rotate_rows(
-    x: Float[Tensor, "*batch n"], signs: Int8[Tensor, " n"]
+    x: Float[Tensor, "*batch n"], signs: Int8[Tensor, " n"], rotation: str = "had"
 ) -> Float[Tensor, "*batch n"]:
     """Theta (s * x) for each vector x along the last axis."""
-    return hadamard_transform(x * signs.to(device=x.device, dtype=x.dtype))
+    return hadamard_transform(x * signs.to(device=x.device, dtype=x.dtype), rotation=rotation)
 
 
 def unrotate_rows(
-    y: Float[Tensor, "*batch n"], signs: Int8[Tensor, " n"]
+    y: Float[Tensor, "*batch n"], signs: Int8[Tensor, " n"], rotation: str = "had"
 ) -> Float[Tensor, "*batch n"]:
     """s * (Theta^T y): undoes :func:`rotate_rows`."""
-    return hadamard_transform(y, inverse=True) * signs.to(device=y.device, dtype=y.dtype)
+    x = hadamard_transform(y, inverse=True, rotation=rotation)
+    return x * signs.to(device=y.device, dtype=y.dtype)
 
 
 def rotate_weight(
-    weight: Float[Tensor, "m n"], signs_out: Int8[Tensor, " m"], signs_in: Int8[Tensor, " n"]
+    weight: Float[Tensor, "m n"],
+    signs_out: Int8[Tensor, " m"],
+    signs_in: Int8[Tensor, " n"],
+    rotation: str = "had",
 ) -> Float[Tensor, "m n"]:
     """W~ = Theta_m diag(s_out) W diag(s_in) Theta_n^T."""
-    return rotate_rows(rotate_rows(weight, signs_in).T, signs_out).T.contiguous()
+    half = rotate_rows(weight, signs_in, rotation)
+    return rotate_rows(half.T, signs_out, rotation).T.contiguous()
 
 
 def rotate_weight_(
-    weight: Float[Tensor, "m n"], signs_out: Int8[Tensor, " m"], signs_in: Int8[Tensor, " n"]
+    weight: Float[Tensor, "m n"],
+    signs_out: Int8[Tensor, " m"],
+    signs_in: Int8[Tensor, " n"],
+    rotation: str = "had",
 ) -> None:
     """:func:`rotate_weight` in the memory of ``weight``, a few rows and then columns at a time."""
     for matrix, signs in ((weight, signs_in), (weight.T, signs_out)):
         for part in matrix.split(max(1, CHUNK // 4 // len(signs))):
-            part.copy_(rotate_rows(part, signs))
+            part.copy_(rotate_rows(part, signs, rotation))
 
 
 def unrotate_weight(
-    weight: Float[Tensor, "m n"], signs_out: Int8[Tensor, " m"], signs_in: Int8[Tensor, " n"]
+    weight: Float[Tensor, "m n"],
+    signs_out: Int8[Tensor, " m"],
+    signs_in: Int8[Tensor, " n"],
+    rotation: str = "had",
 ) -> Float[Tensor, "m n"]:
     """Inverse of :func:`rotate_weight`."""
-    return unrotate_rows(unrotate_rows(weight, signs_in).T, signs_out).T.contiguous()
+    half = unrotate_rows(weight, signs_in, rotation)
+    return unrotate_rows(half.T, signs_out, rotation).T.contiguous()
 
 
-def require_hadamard(n: int) -> None:
-    """Raise ConfigError when width ``n`` would take the Hartley fallback."""
+def require_hadamard(n: int, rotation: str = "had") -> None:
+    """Raise ConfigError when width ``n`` would take the Hartley fallback, or another rotation is
+    wanted at the same time."""
     plan = hadamard_plan(n)
+    if rotation != "had":
+        raise ConfigError(
+            f"rotation {rotation} and a strict Hadamard matrix exclude each other; drop one"
+        )
     if not plan.is_hadamard:
         raise ConfigError(
             f"no Hadamard matrix of order {n} is constructed here (Sylvester, Paley and their "

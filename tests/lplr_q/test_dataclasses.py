@@ -92,7 +92,6 @@ def test_parameters_that_cannot_work_are_refused_when_made(wrong, words):
         ({"quip_tune_iters": -1}, "quip_tune_iters"),
         ({"resid_scale_override": 0.9}, "decoded with another scale"),  # defect 2
         ({"scale_override": 0.0}, "scale_override"),
-        ({"incoh_mode": "kron"}, "Hadamard"),
         ({"incoh_mode": "hda"}, "unknown incoh_mode"),
         ({"lora_rank": 8}, "LPLRParams.rank"),
     ],
