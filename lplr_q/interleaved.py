@@ -23,7 +23,7 @@ from lplr_q.quantize_model import Group, Job, groups_of, install
 from lplr_q.settings import CompressionSettings
 from lplr_q.weights import ModuleWeights, TensorWeights, Weights
 
-UNCORRECTED = ("down_proj", "fc2", "c_proj", "dense_4h_to_h")
+UNCORRECTED = (".down_proj", ".fc2", ".mlp.c_proj", ".dense_4h_to_h")
 """Last sublayers of the MLP: the correction there does harm.   [QEP §4]"""
 
 
@@ -94,6 +94,6 @@ def _weights(
     plain = ModuleWeights(model)
     tensors = {}
     for name in group.names:
-        share = 0.0 if name.rpartition(".")[2] in UNCORRECTED else alpha
+        share = 0.0 if name.endswith(UNCORRECTED) else alpha
         tensors[name] = corrected_weight(plain(name), moment, cross, alpha=share, sigma=sigma)
     return TensorWeights(tensors)

@@ -9,10 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lplr_q.activation_aware.hessian import collect_hessians, save_hessians
+from lplr_q.activation_aware.hessian import (
+    collect_hessians,
+    linear_weight,
+    save_hessians,
+    stream_blocks,
+)
 from lplr_q.activation_aware.quantized_layer import quantised_layers
 from lplr_q.bits import layer_bits
 from lplr_q.hf import save_compressed
+from lplr_q.interleaved import _weights as corrected_weights
 from lplr_q.interleaved import compress_in_turns
 from lplr_q.quantize_model import (
     METHODS,
@@ -353,6 +359,24 @@ def test_blocks_in_turns_see_the_compressed_ones_and_make_up_for_them(tmp_path):
     assert unit_bytes(tmp_path / "0.5") == before
     with torch.no_grad():
         assert torch.equal(again.model(input_ids=TOKENS).last_hidden_state, hidden)
+
+
+@pytest.mark.parametrize(
+    ("family", "left"),
+    [("gpt2", "transformer.h.1.mlp.c_proj"), ("mistral", "model.layers.1.mlp.down_proj")],
+)
+def test_all_but_the_last_layer_of_the_mlp_make_up_for_errors(family, left):
+    """attn.c_proj of GPT-2 is the output of the attention and is corrected."""
+    model = family_model(family)
+    for block in stream_blocks(model, TOKENS, inputs="compressed", cross=True):
+        for group in groups_of(block.calibration):
+            weights = corrected_weights(model, block, group, 0.5, 1e-2)
+            for name in group.names:
+                own = linear_weight(model.get_submodule(name)).detach()
+                if block.index == 1:
+                    assert torch.equal(weights(name), own) == (name == left), name
+        for name in block.calibration.key_of:
+            model.get_submodule(name).weight.data *= 0.7
 
 
 def test_budgets_ranks_and_widths():
