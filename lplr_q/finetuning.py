@@ -171,6 +171,7 @@ def _compress(run: Run, e: Tuning) -> tuple[Any, Any]:
     """The original with every linear layer compressed, one unit each."""
     import torch
 
+    from lplr_q import native
     from lplr_q.activation_aware.hessian import Calibration, collect_hessians
     from lplr_q.evaluate import load_blocks
     from lplr_q.quantize_model import (
@@ -184,6 +185,7 @@ def _compress(run: Run, e: Tuning) -> tuple[Any, Any]:
 
     assert e.original is not None
     model, tokenizer = run.load_model(e.original, what="base_model", dtype=None)
+    run.note(native.status(run.device.device))
     settings = CompressionSettings(
         bits=e.bits, codebook=e.codebook, factor_bits=e.factor_bits, rounds=1, sweeps=1
     )

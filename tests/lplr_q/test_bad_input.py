@@ -315,7 +315,12 @@ def test_no_kernels_is_one_line_and_the_same_codes(monkeypatch):
 
 @pytest.mark.parametrize(
     ("script", "methods"),
-    [("run", "rtn"), ("quantize_save", None), ("fro_norm_experiment", "rtn")],
+    [
+        ("run", "rtn"),
+        ("quantize_save", None),
+        ("fro_norm_experiment", "rtn"),
+        ("finetune_wikitext", None),
+    ],
 )
 def test_a_log_says_that_there_is_no_compiler(script, methods, tmp_path, monkeypatch):
     module = importlib.import_module(f"lplr_q.{script}")
