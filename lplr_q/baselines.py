@@ -82,7 +82,7 @@ def round_to_nearest(
 
 def _upper_factor_of_inverse(hessian: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """U with U^T U = H^-1, float64; everything happens in one copy of H."""
-    factor = cholesky_(hessian.to(torch.float64, copy=True), hessian)
+    factor = cholesky_(hessian.to(torch.float64, copy=True), lambda: hessian)
     factor = torch.cholesky_inverse(factor, out=factor)
     info = torch.empty(0, dtype=torch.int32, device=factor.device)
     torch.linalg.cholesky_ex(factor, upper=True, check_errors=True, out=(factor, info))

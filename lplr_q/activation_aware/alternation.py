@@ -340,9 +340,9 @@ class Alternation:
     def _shaped(self, directions: Float[Tensor, "n r"], block: int) -> tuple[Tensor, Tensor]:
         """The Hessian that is blind to these directions and its M, in float32."""
         prepared = self.problem.prepared
-        matrix = blind_hessian(prepared.matrix, prepared.whitening(), directions)
-        single = matrix.float()
-        return single, unit_lower(cholesky_(matrix, single), block)
+        shaped = partial(blind_hessian, prepared.matrix, prepared.whitening(), directions)
+        lower = unit_lower(cholesky_(shaped(), shaped), block)
+        return shaped(torch.float32), lower  # made anew: both at once would not fit
 
     def _blind_directions(self) -> Float[Tensor, "n r"] | None:
         """Directions Q need not look at, or None for the plain Hessian."""

@@ -133,7 +133,8 @@ def rescaling(
     mean, clipped to [1/64, 64] and rounded to bfloat16 (bit patterns are returned) before use.
     """
     norms = sum(rows.double().square().sum(0) for rows in weight.split(256))
-    own = unrotated(prepared).double()
+    own = unrotated(prepared)
+    own = own.to(torch.float64, copy=own is prepared.matrix)
     energy = own.diagonal().clone()
     usable = (norms > 0) & (energy > 0)
     d = torch.ones_like(energy)

@@ -19,18 +19,27 @@ from torch import Tensor
 
 from lplr_q.linalg.ldl import symmetrise_
 from lplr_q.linalg.regression import Whitening
+from lplr_q.linalg.rows import row_chunks
 
 Q_HESSIANS = ("plain", "downdate", "projq")
 SIGMA_2 = 1e-2
 
 
 def blind_hessian(
-    hessian: Float[Tensor, "n n"], whitening: Whitening, directions: Float[Tensor, "n r"]
+    hessian: Float[Tensor, "n n"],
+    whitening: Whitening,
+    directions: Float[Tensor, "n r"],
+    dtype: torch.dtype = torch.float64,
 ) -> Float[Tensor, "n n"]:
-    """C (I - V V^T) C^T + sigma_2 (1 + mean diag) I for orthonormal V and H = C C^T; float64."""
+    """C (I - V V^T) C^T + sigma_2 (1 + mean diag) I for orthonormal V and H = C C^T.
+
+    Rows are computed in float64 and stored as ``dtype``.
+    """
     wide = directions.double()
     covered = torch.cat([rows.double() @ wide for rows in whitening.forward.split(256)])
-    matrix = hessian.to(torch.float64, copy=True).addmm_(covered, covered.T, alpha=-1)
+    matrix = torch.empty(hessian.shape, dtype=dtype, device=hessian.device)
+    for rows in row_chunks(len(matrix)):
+        matrix[rows] = hessian[rows].double() - covered[rows] @ covered.T
     symmetrise_(matrix)
     shift = SIGMA_2 * (1 + float(matrix.diagonal().mean()))
     matrix.diagonal().add_(shift)

@@ -6,6 +6,7 @@ H = M blkdiag(D_1 .. D_B) M^T,   M unit lower block triangular.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -59,13 +60,15 @@ def cholesky(
     return factor
 
 
-def cholesky_(hessian: Float[Tensor, "n n"], copy: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """:func:`cholesky` of a float64 matrix in the memory of the matrix; ``copy`` of it in float32
-    serves where that fails."""
+def cholesky_(
+    hessian: Float[Tensor, "n n"], again: Callable[[], Float[Tensor, "n n"]]
+) -> Float[Tensor, "n n"]:
+    """:func:`cholesky` of a float64 matrix in the memory of the matrix; ``again`` gives the matrix
+    once more where that fails."""
     factor = hessian.mT  # by columns, as the library wants it: no copy
     info = torch.empty(0, dtype=torch.int32, device=hessian.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))
-    return cholesky(copy, single=False) if int(info) else factor
+    return cholesky(again(), single=False) if int(info) else factor
 
 
 def unit_lower(factor: Float[Tensor, "n n"], block: int) -> Float[Tensor, "n n"]:

@@ -69,4 +69,4 @@ def test_indefinite_matrix_is_refused_with_advice():
     with pytest.raises(DataError, match=r"smallest eigenvalue -0.5; raise sigma_reg"):
         cholesky(matrix, single=True)
     with pytest.raises(DataError, match=r"smallest eigenvalue -0.5; raise sigma_reg"):
-        cholesky_(matrix.double(), matrix)
+        cholesky_(matrix.double(), lambda: matrix)
