@@ -20,6 +20,7 @@ import torch
 
 from lplr_q.activation_aware.hessian import Calibration, load_hessians
 from lplr_q.weights import FolderWeights, ModuleWeights, TensorWeights, Weights
+from workbench.device import require_device
 from workbench.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Pool:
                 f"workers={self.workers}, devices={list(self.devices)}, threads={self.threads}: "
                 "each needs at least one"
             )
+        for device in self.devices:
+            require_device(device)
 
     def run(
         self,

@@ -159,7 +159,10 @@ def _quantize(run: Run, e: Experiment) -> dict[str, Any]:
     from lplr_q.calibration import use_token
     from lplr_q.quantize_model import assemble
     from workbench import storage
+    from workbench.device import require_device
 
+    for device in e.devices:
+        require_device(device)
     use_token(ModelParameters(base_model=e.base_model))
     settings = settings_of(e)
     allocation = None

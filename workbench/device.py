@@ -34,6 +34,30 @@ def physical_cores() -> int:
     return max(1, os.cpu_count() or 1)
 
 
+def require_device(device: str) -> torch.device:
+    """The torch device of this name, when it is there.
+
+    Raises:
+        ConfigError: no such name, no CUDA, or fewer devices than its number.
+    """
+    import torch
+
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise unknown_name("device", device, ("auto", "cpu", "cuda", "cuda:0", "mps")) from None
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"--device {device}: this torch ({torch.__version__}) sees no CUDA device; "
+            "use --device auto or cpu, or install a CUDA build of torch"
+        )
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+        )
+    return chosen
+
+
 def choose(device: str = "auto", dtype: str = "auto", threads: int = 0) -> Device:
     """Pick cuda, then mps, then cpu; bfloat16 where CUDA has it, float32 elsewhere.
 
@@ -51,15 +75,7 @@ def choose(device: str = "auto", dtype: str = "auto", threads: int = 0) -> Devic
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu" and mps is not None and mps.is_available():
             device = "mps"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise unknown_name("device", device, ("auto", "cpu", "cuda", "cuda:0", "mps")) from None
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"--device {device}: this torch ({torch.__version__}) sees no CUDA device; "
-            "use --device auto or cpu, or install a CUDA build of torch"
-        )
+    chosen = require_device(device)
     number_format = getattr(torch, dtype) if dtype != "auto" else torch.float32
     if dtype == "auto" and chosen.type == "cuda" and torch.cuda.is_bf16_supported():
         number_format = torch.bfloat16

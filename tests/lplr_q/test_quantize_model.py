@@ -422,6 +422,8 @@ def test_bad_input(model, calibration, tmp_path):
         compress_model(model, calibration, QUICK, tmp_path, names=["lm_head"])
     with pytest.raises(ConfigError, match="workers=0"):
         compress_model(model, calibration, QUICK, tmp_path / "w", workers=0)
+    with pytest.raises(ConfigError, match=r"--device cuda:99: .*CUDA device"):
+        compress_model(model, calibration, QUICK, tmp_path / "w", devices=("cpu", "cuda:99"))
     wide = family_model("mistral")
     name = "model.layers.0.self_attn.q_proj"
     wide.get_submodule(name).weight = torch.nn.Parameter(torch.zeros(64, 32))

@@ -219,6 +219,10 @@ def test_settings_that_cannot_work(change, message):
 
 
 def test_methods_that_lack_something(tmp_path):
+    absent = replace(TINY, devices=("cuda:99",), run=options(tmp_path, "absent"))
+    with pytest.raises(ConfigError, match=r"--device cuda:99: .*CUDA device"):
+        main(absent)
+    assert not list(tmp_path.rglob("*.safetensors"))  # before any Hessian is collected
     with pytest.raises(ConfigError, match="needs --target-bpw or --group"):
         replace(PARAMETERS, method="rtn")
     with pytest.raises(ConfigError, match="update_order is empty"):
