@@ -86,6 +86,15 @@ def coded_bits(rows: int, width: int, book: Codebook) -> int:
     return codes + _bytes(rows * tail * int(book.bits))
 
 
+def scales_per_row(n: int, q_group: int) -> int:
+    """How many scales of Q a row has of its own.
+
+    >>> scales_per_row(40, 0), scales_per_row(40, -1), scales_per_row(40, 16)
+    (0, 1, 3)
+    """
+    return math.ceil(n / q_group) if q_group > 0 else -q_group
+
+
 def layer_bits(
     m: int,
     n: int,
@@ -99,7 +108,7 @@ def layer_bits(
     ft_rank: int = 0,
     rescaled: bool = False,
     float_signs: bool = False,
-    group: int | None = None,
+    q_group: int = 0,
 ) -> LayerBits:
     """Exact storage of an m x n matrix as Q + L R.
 
@@ -115,14 +124,15 @@ def layer_bits(
         ft_rank: components kept in 16 bits for training.
         rescaled: a 16-bit divisor per input is stored.
         float_signs: signs were trained and take 16 bits each.
-        group: a 16-bit scale of Q per so many columns of each row instead of one 32-bit scale.
+        q_group: a 16-bit scale of Q per so many columns of each row (-1: per row) instead of one
+            32-bit scale.
     """
     q_codes = coded_bits(m, n, make_codebook(codebook, q_bits)) if q_bits else 0
     coded = rank - ft_rank
     factors = 16 * ft_rank * (m + n)
     scales = 0
     if q_bits:
-        scales += 32 if group is None else 16 * m * math.ceil(n / group)
+        scales += 16 * m * scales_per_row(n, q_group) if q_group else 32
     for length, bits in zip((m, n), factor_pair(factor_bits), strict=True):
         if coded and bits == 16:
             factors += 16 * coded * length

@@ -64,6 +64,8 @@ class CompressionSettings:
     compute_lr: bool = True
     rotation: str = "had"
     """Where rht is on: had, kron or fft."""
+    q_group: int = 0
+    """Scales of Q: 0 one for the matrix, -1 one per row, else one per row and so many columns."""
     rescale: bool = False
     """Balance input channels before the rotation (rescale_WH)."""
     ft_rank: int = 0
@@ -80,6 +82,10 @@ class CompressionSettings:
             raise unknown_name("method", self.method, METHODS)
         if self.rotation not in ROTATIONS:
             raise unknown_name("rotation", self.rotation, ROTATIONS)
+        if self.q_group and self.method == "quip-sharp":
+            raise ConfigError(
+                f"q_group={self.q_group}: quip-sharp has one scale per matrix; use method lplr-ldlq"
+            )
         rounding = self.method in ("rtn", "gptq")
         if self.bits is None and (
             (self.q_bits is None and self.method != "lplr")
@@ -93,7 +99,7 @@ class CompressionSettings:
 
     def record(self) -> dict[str, Any]:
         """The fields, for a manifest; those that came later only where they are changed."""
-        later = {"rotation": "had"}
+        later = {"rotation": "had", "q_group": 0}
         fields = dataclasses.asdict(self)
         return {k: v for k, v in fields.items() if k not in later or v != later[k]}
 
@@ -101,7 +107,7 @@ class CompressionSettings:
 DECOMPOSE_FIELDS = (
     "codebook", "factor_bits", "factor_codebook", "rounds", "inner_iterations", "sweeps", "init",
     "q_hessian", "update_order", "feedback", "activation_aware_lr", "randomised_svd",
-    "scale_search", "scale_multiplier", "compute_q", "compute_lr", "rescale",
+    "scale_search", "scale_multiplier", "compute_q", "compute_lr", "rescale", "q_group",
 )  # fmt: skip
 """Settings that go to ``decompose`` under the same name."""
 
@@ -132,6 +138,7 @@ def candidates(m: int, n: int, settings: CompressionSettings) -> list[tuple[int,
                 rotated=settings.rht,
                 factor_codebook=settings.factor_codebook,
                 rescaled=settings.rescale,
+                q_group=settings.q_group,
             )
             if fixed is not None and (rank >= fixed or settings.q_bits is not None):
                 rank = fixed
@@ -175,6 +182,11 @@ def settings_for(
     """
     if allocation is None:
         return settings
+    if settings.q_group:
+        raise ConfigError(
+            f"q_group={settings.q_group} with an allocation: its bits are counted with one scale "
+            "per matrix; use q_group=0"
+        )
     modules = allocation.get("modules")
     if not isinstance(modules, Mapping) or name not in modules:
         raise ConfigError(

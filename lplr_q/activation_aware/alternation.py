@@ -42,6 +42,7 @@ from lplr_q.linalg.ldlq import (
 from lplr_q.linalg.randsvd import RandomisedSVD
 from lplr_q.linalg.regression import cholesky_whitening, closed_form
 from lplr_q.linalg.rows import Rows, row_chunks, squared_norm
+from lplr_q.linalg.scales import Scale, row_scales, scaled_rows
 
 SCALE_GRID = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)
 
@@ -57,6 +58,8 @@ class QRounding:
     """Factor on the codebook's input scale."""
     search: bool = False
     """Choose the multiplier from ``SCALE_GRID`` by the loss of a pass without sweeps."""
+    scale_width: int = 0
+    """Columns of a row per scale; 0: one scale for the matrix."""
 
 
 def quantise_q(
@@ -64,7 +67,7 @@ def quantise_q(
     hessian: Float[Tensor, "n n"],
     lower: Float[Tensor, "n n"] | None,
     rounding: QRounding,
-) -> tuple[list[Tensor], float]:
+) -> tuple[list[Tensor], Scale]:
     """The Q step: LDLQ on target / rms, then guarded sweeps until the relative gain is below
     1e-4. Codes and scale.
 
@@ -82,13 +85,15 @@ def first_pass(
     hessian: Float[Tensor, "n n"],
     lower: Float[Tensor, "n n"] | None,
     rounding: QRounding,
-) -> tuple[list[Tensor], float, float]:
+) -> tuple[list[Tensor], Scale, float]:
     """Codes and scale by LDLQ, and the loss of target / scale when sweeps are to follow."""
     blocks, (m, n) = rounding.blocks, target.shape
     feedback = torch.eye(n).to(hessian) if lower is None else lower
     rms = max(math.sqrt(squared_norm(target) / (m * n)), 1e-30)
 
-    def stored(multiplier: float) -> float:
+    def stored(part: Rows, multiplier: float) -> Scale:
+        if rounding.scale_width:
+            return row_scales(part, rounding.scale_width, multiplier)
         return float(torch.tensor(rms / multiplier, dtype=torch.float32))
 
     multiplier = rounding.multiplier
@@ -96,17 +101,19 @@ def first_pass(
         some = _sampled_rows(target, 128)
         losses = []
         for factor in SCALE_GRID:
-            scale = stored(factor * multiplier)
-            _, points = ldlq(some / scale, feedback, blocks)
-            losses.append(weighted_loss(some - points * scale, hessian))
+            scale = stored(some, factor * multiplier)
+            part, own = scaled_rows(some, slice(None), scale, blocks)
+            _, points = ldlq(part, feedback, own)
+            points = points * scale if isinstance(scale, float) else points
+            losses.append(weighted_loss(some - points, hessian))
         multiplier *= SCALE_GRID[losses.index(min(losses))]
-    scale = stored(multiplier)
+    scale = stored(target, multiplier)
     wanted = lower is not None and rounding.sweeps > 0
     whole: list[Tensor] = []
     loss = 0.0
     for rows in row_chunks(m):
-        unit = target[rows] / scale
-        codes, points = ldlq(unit, feedback, blocks)
+        unit, own = scaled_rows(target, rows, scale, blocks)
+        codes, points = ldlq(unit, feedback, own)
         whole = whole or [c.new_empty(m, *c.shape[1:], dtype=blocks.code_dtype) for c in codes]
         _put(whole, codes, rows)
         if wanted:
@@ -119,7 +126,7 @@ def more_sweeps(
     hessian: Float[Tensor, "n n"],
     rounding: QRounding,
     codes: list[Tensor],
-    scale: float,
+    scale: Scale,
     loss: float,
 ) -> None:
     """Guarded sweeps over ``codes``, in place, until one gains less than 1e-4 of ``loss``."""
@@ -137,7 +144,7 @@ def _put(whole: list[Tensor], codes: list[Tensor], rows: slice) -> None:
 
 def swept(
     target: Rows,
-    scale: float,
+    scale: Scale,
     hessian: Float[Tensor, "n n"],
     blocks: CodebookBlocks,
     codes: list[Tensor],
@@ -145,9 +152,10 @@ def swept(
     """One guarded sweep over ``codes``, in place; the loss of target / scale it leaves."""
     loss, inverses = 0.0, corner_inverses(hessian, blocks.bounds)
     for rows in row_chunks(target.shape[0]):
-        unit, before = target[rows] / scale, [c[rows] for c in codes]
-        points = blocks.decode(before)
-        after, points = guarded_sweep(unit, hessian, blocks, before, points, inverses=inverses)
+        unit, own = scaled_rows(target, rows, scale, blocks)
+        before = [c[rows] for c in codes]
+        points = own.decode(before)
+        after, points = guarded_sweep(unit, hessian, own, before, points, inverses=inverses)
         loss += weighted_loss(unit.sub_(points), hessian)
         _put(codes, after, rows)
     return loss
@@ -182,7 +190,7 @@ class Iterate:
     """One state: codes and scales only."""
 
     codes: tuple[Tensor, ...] = ()
-    scale: float = 0.0
+    scale: Scale = 0.0
     low_rank: LowRank | None = None
 
     def remainder(self, problem: Problem, *, q: bool = True, lr: bool = True) -> Remainder:
@@ -235,7 +243,7 @@ class Alternation:
         complete = len(self.history) + 1 >= len(self.steps)
         self._record(component, turn, complete=complete, loss=loss)
 
-    def _set_q(self, codes: list[Tensor], scale: float) -> None:
+    def _set_q(self, codes: list[Tensor], scale: Scale) -> None:
         self.state = replace(self.state, codes=tuple(codes), scale=scale)
 
     def _record(
@@ -319,7 +327,7 @@ class Alternation:
             self.state = replace(self.state, low_rank=joined)
             self._record("LR", 1, complete=True)
 
-    def _rounded(self) -> tuple[list[Tensor], float]:
+    def _rounded(self) -> tuple[list[Tensor], Scale]:
         problem = self.problem
         rounding, prepared = problem.rounding, problem.prepared
         assert rounding is not None

@@ -223,6 +223,8 @@ class LPLRParams:
     """Search the scale of Q on the true loss."""
     lattice_quant_block_size: int = 32000
     """Of the published code, without effect: the encoder cuts its input by itself."""
+    q_group: int = 0
+    """Scales of Q: 0 one for the matrix, -1 one per row, else one per row and so many columns."""
     target_bpw: float | None = None
     """Bits per weight to be filled by the rank, in place of `rank`."""
 
@@ -264,6 +266,8 @@ class LPLRParams:
             raise ConfigError("full_quip_sharp with method lplr: one leaves L R out, the other Q")
         if self.Q_hessian_downdate and self.q_hessian not in ("plain", "downdate"):
             raise ConfigError(f"Q_hessian_downdate with q_hessian={self.q_hessian}; give one")
+        if self.q_group and self.effective_method == "quip-sharp":
+            raise ConfigError(f"q_group={self.q_group}: quip-sharp has one scale per matrix")
         if not self.has_q and not self.has_low_rank:
             raise ConfigError(
                 "neither Q nor L R is computed: nothing would be left of the matrix; check rank, "
@@ -355,6 +359,7 @@ class LPLRParams:
                 rotated=self.rotated,
                 factor_codebook=self.lr_codebook,
                 rescaled=self.quip_args.rescale_WH,
+                q_group=self.q_group,
             )
             if rank < 0:
                 raise ConfigError(
@@ -399,6 +404,7 @@ class LPLRParams:
             "compute_q": self.has_q,
             "compute_lr": self.has_low_rank,
             "rescale": quip.rescale_WH,
+            "q_group": self.q_group,
         }
 
 

@@ -45,6 +45,7 @@ from lplr_q.linalg.hadamard import (
 from lplr_q.linalg.ldl import require_finite
 from lplr_q.linalg.ldlq import CodebookBlocks, weighted_loss
 from lplr_q.linalg.rows import squared_norm
+from lplr_q.linalg.scales import RowScales, Scale, scale_width, scaled_points
 from workbench.errors import ConfigError, DataError
 
 __all__ = [
@@ -87,18 +88,30 @@ class Decomposition:
     """Arguments of :func:`decompose`, with what ``auto`` chose."""
     rotation: str = "had"
     """The family of Theta where there are signs."""
+    q_scales: RowScales | None = None
+    """In place of ``q_scale``: one per row, or per row and group of columns."""
 
     @property
     def rank(self) -> int:
         """Number of components of L R."""
         return 0 if self.left is None else self.left.codes.shape[0]
 
+    @property
+    def q_group(self) -> int:
+        """Columns per scale of Q; -1 a row, 0 the matrix."""
+        if self.q_scales is None:
+            return 0
+        return -1 if self.q_scales.patterns.shape[1] == 1 else self.q_scales.width
+
     def q_matrix(self) -> Float[Tensor, "m n"]:
         """Q in the rotated basis, from codes."""
         if not self.q_codes:
             return torch.zeros(self.shape)
         blocks = CodebookBlocks(make_codebook(self.codebook, self.q_bits), self.shape[1])
-        return blocks.decode(self.q_codes) * self.q_scale
+        return scaled_points(blocks.decode(self.q_codes), self._scale(), slice(None))
+
+    def _scale(self) -> Scale:
+        return self.q_scale if self.q_scales is None else self.q_scales
 
     def rotated(self) -> Float[Tensor, "m n"]:
         """Q + L R in the rotated basis, from codes."""
@@ -116,7 +129,8 @@ class Decomposition:
             rows = slice(low, min(low + 128, m))
             part: Tensor = torch.zeros(rows.stop - low, n)
             if blocks is not None:
-                part = blocks.decode([codes[rows] for codes in self.q_codes]) * self.q_scale
+                points = blocks.decode([codes[rows] for codes in self.q_codes])
+                part = scaled_points(points, self._scale(), rows)
             if factors is not None:
                 part = part.to(factors[0].device) + factors[0][rows] @ factors[1]
             yield rows, part
@@ -209,6 +223,7 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
     compute_q: bool = True,
     compute_lr: bool = True,
     rescale: bool = False,
+    q_group: int = 0,
     generator: torch.Generator | None = None,
     overwrite: bool = False,
 ) -> Decomposition:
@@ -236,6 +251,8 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
         scale_multiplier: factor on the codebook's own input scale.
         compute_q, compute_lr: False leaves the component out.
         rescale: balance input channels and weight columns by d (``Decomposition.rescale``).
+        q_group: scales of Q: 0 one for the matrix, -1 one per row, else one per row and so many
+            columns (a multiple of the codebook's ``dim``).
         generator: of the output-side signs; needed when ``prepared`` is rotated.
         overwrite: work in the memory of ``weight``, which is lost, if it is float32.
 
@@ -275,8 +292,10 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
         raise DataError(f"Hessian of width {prepared.matrix.shape[0]} for {n} inputs")
     rounding = None
     if q_bits:
+        book = make_codebook(codebook, q_bits)
         rounding = QRounding(
-            CodebookBlocks(make_codebook(codebook, q_bits), n),
+            CodebookBlocks(book, n),
+            scale_width=scale_width(q_group, n, book.dim),
             sweeps=sweeps,
             feedback=feedback,
             multiplier=scale_multiplier,
@@ -379,10 +398,12 @@ def _filled(draft: Decomposition, done: Alternation, power: float) -> Decomposit
     best: Iterate | None = done.best
     assert best is not None
     low = best.low_rank
+    several = best.scale if isinstance(best.scale, RowScales) else None
     return replace(
         draft,
         q_codes=list(best.codes),
-        q_scale=best.scale * power,
+        q_scale=best.scale * power if isinstance(best.scale, float) else 1.0,
+        q_scales=None if several is None else several.times(power),
         left=None if low is None else _rescaled(low.left, power),
         right=None if low is None else low.right,
         history=done.history,
@@ -416,6 +437,7 @@ def _measured(
             rotated=draft.signs_out is not None,
             factor_codebook=left.codebook if left is not None else "lloyd-max",
             rescaled=draft.rescale is not None,
+            q_group=draft.q_group,
         ),
     )
 

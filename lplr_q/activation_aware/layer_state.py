@@ -4,7 +4,8 @@ them.
     q_codes, q_codes_2   (m, n / dim) int16 or uint8, one per stage of a lattice codebook; the
                          packed bytes of all streams for scalars and trellises
     q_tail               packed scalar codes of the last n mod dim columns
-    q_scale              float32 as int32
+    q_scale              float32 as int32; (m, groups) bfloat16 as int16 where rows or groups of
+                         columns have scales of their own
     l_codes, r_codes     packed bytes of L^T and R (int16 bfloat16 patterns at 16 bits); with a
                          codebook of blocks like q_codes, with l_tail, r_tail
     l_scales, r_scales   bfloat16 as int16, one per component
@@ -26,9 +27,11 @@ from torch import Tensor
 
 from lplr_q.activation_aware.decompose import Decomposition
 from lplr_q.activation_aware.factors import QuantisedFactor, decode_factor
+from lplr_q.bits import scales_per_row
 from lplr_q.codebooks.base import Codebook, make_codebook, rows_of
 from lplr_q.linalg.hadamard import rotation_plan
 from lplr_q.linalg.ldlq import CodebookBlocks
+from lplr_q.linalg.scales import scale_width
 from lplr_q.pack import pack_bits, pack_signs, packed_size, unpack_bits
 from workbench.errors import ConfigError
 
@@ -57,6 +60,7 @@ class Form:
     ft_rank: int = 0
     signs: SignForm = "packed"
     rotation: str = "had"
+    q_group: int = 0
 
     def __post_init__(self) -> None:
         m, n = self.out_features, self.in_features
@@ -68,12 +72,14 @@ class Form:
             )
         if self.signs not in ("packed", "float"):
             raise ConfigError(f"signs={self.signs!r}; choose packed or float")
+        if self.q_bits and self.q_group:
+            scale_width(self.q_group, n, make_codebook(self.codebook, self.q_bits).dim)
         for width in (m, n) if self.rotated else ():
             rotation_plan(width, self.rotation)
 
     def settings(self) -> dict[str, Any]:
         """The fields; those that came later only where they are not what layers had before."""
-        later = {"rotation": "had"}
+        later = {"rotation": "had", "q_group": 0}
         fields = {name: getattr(self, name) for name in type(self).__dataclass_fields__}
         return {k: v for k, v in fields.items() if k not in later or v != later[k]}
 
@@ -89,6 +95,8 @@ class Form:
         if self.q_bits:
             layout |= code_layout("q", m, n, make_codebook(self.codebook, self.q_bits))
             layout["q_scale"] = ((1,), torch.int32)
+            if self.q_group:
+                layout["q_scale"] = ((m, scales_per_row(n, self.q_group)), torch.int16)
         if self.coded_rank:
             for name, length in (("l", m), ("r", n)):
                 layout |= self._factor_layout(name, length, self.side_bits(name))
@@ -255,6 +263,9 @@ def pack_decomposition(
         whole = result.q_codes[:-1] if tail is not None else result.q_codes
         state |= pack_codes("q", torch.stack(whole, dim=1) if whole else None, tail, book)
         state["q_scale"] = torch.tensor([result.q_scale], dtype=torch.float32).view(torch.int32)
+        several = getattr(result, "q_scales", None)
+        if several is not None:
+            state["q_scale"] = several.patterns
     if result.left is not None and result.right is not None:
         if ft_rank:
             state["lora_L"] = trained_value(result.left.decode()[:ft_rank].T)

@@ -64,6 +64,7 @@ class LPLRQuantizedLinear(nn.Module):
         ft_rank: int = 0,
         signs: SignForm = "packed",
         rotation: str = "had",
+        q_group: int = 0,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -82,6 +83,7 @@ class LPLRQuantizedLinear(nn.Module):
             ft_rank=ft_rank,
             signs=signs,
             rotation=rotation,
+            q_group=q_group,
         )
         self.mode: Mode = "dequant"
         self.tile_rows = 0
@@ -125,6 +127,7 @@ class LPLRQuantizedLinear(nn.Module):
             rescaled=getattr(result, "rescale", None) is not None,
             ft_rank=ft_rank,
             rotation=getattr(result, "rotation", "had"),
+            q_group=getattr(result, "q_group", 0),
         )
         layer.load_state_dict(pack_decomposition(result, bias, ft_rank))
         return layer
@@ -252,7 +255,8 @@ class LPLRQuantizedLinear(nn.Module):
         form, m, n = self.form, self.out_features, self.in_features
         codes, tail = self.codes("q")
         if form.q_bits:
-            total = matrix(codes, tail, self.q_scale, form.codebook, form.q_bits, m, n)
+            kind = form.codebook, form.q_bits
+            total = matrix(codes, tail, self.q_scale, *kind, m, n, form.q_group)
         else:
             total = torch.zeros(m, n, device=next(self.buffers(), self.bias).device)
         return total + self._side("l").T @ self._side("r") if form.rank else total
@@ -334,6 +338,7 @@ class LPLRQuantizedLinear(nn.Module):
                 self.out_features,
                 self.tile_rows,
                 self.mode == "kernel",
+                form.q_group,
             )
             y = flat.reshape(*x.shape[:-1], self.out_features)
         if form.rank:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lplr_q.activation_aware.factors import LowRank
 from lplr_q.linalg.ldlq import CodebookBlocks, weighted_loss
 from lplr_q.linalg.rows import row_chunks
+from lplr_q.linalg.scales import Scale, scaled_points
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,12 @@ class CodedQ:
 
     blocks: CodebookBlocks
     codes: Sequence[Tensor]
-    scale: float
+    scale: Scale
 
     def __getitem__(self, rows: slice | Int64[Tensor, " k"]) -> Float[Tensor, "k n"]:
         """These rows."""
-        return self.blocks.decode([part[rows] for part in self.codes]) * self.scale
+        points = self.blocks.decode([part[rows] for part in self.codes])
+        return scaled_points(points, self.scale, rows)
 
 
 class Remainder:

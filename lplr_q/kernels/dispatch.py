@@ -51,10 +51,12 @@ def gemv(
     name: str,
     bits: int,
     m: int,
+    group: int = 0,
 ) -> Float[Tensor, "batch m"] | None:
-    """The product by a compiled kernel, or None when there is none for this form."""
+    """The product by a compiled kernel, or None when there is none for this form: none multiplies
+    with a scale per group of columns, one per row is a factor of the result."""
     book, n = make_codebook(name, bits), x.shape[1]
-    if x.shape[0] > MAX_BATCH or x.dtype == torch.float64:
+    if x.shape[0] > MAX_BATCH or x.dtype == torch.float64 or (group and scale.shape[1] > 1):
         return None
     engine = cpu if x.device.type == "cpu" else triton_e8p
     if (engine is triton_e8p and not x.is_cuda) or not engine.usable(codes, book):
@@ -66,7 +68,8 @@ def gemv(
         rest = unpack_tail(tail, book, n, 0, m)
         points = blocks.tail_codebook.decode(rest[..., None])[..., 0]
         y += x[:, whole * book.dim :].float() @ points.T
-    return y.mul_(scale.view(y.dtype)).to(x.dtype)
+    factor = scale.view(torch.bfloat16).to(y.dtype)[:, 0] if group else scale.view(y.dtype)
+    return y.mul_(factor).to(x.dtype)
 
 
 def status(device: torch.device) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lplr_q.activation_aware.layer_state import ROW_TILE, unpack_factor
 from lplr_q.kernels.dispatch import gemv, rows
 from lplr_q.linalg.hadamard import hadamard_transform
+from lplr_q.linalg.scales import RowScales
 
 TILE_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Weights decoded at a time, per kind of device, when the layer does not say."""
@@ -60,6 +61,14 @@ def _tiles(
         yield low, high, rows(codes, tail, book, bits, (m, n), low, high)
 
 
+def factors(scale: Tensor, low: int, high: int, n: int, group: int) -> Tensor:
+    """What the points of these rows are multiplied with: the scale of the matrix, or a column or
+    matrix of their own."""
+    if not group:
+        return scale.view(torch.float32)
+    return RowScales(scale[low:high], n, n if group == -1 else group).spread()
+
+
 def _product(
     x: Tensor,
     codes: list[Tensor],
@@ -70,17 +79,18 @@ def _product(
     m: int,
     tile_rows: int,
     kernel: bool,
+    group: int = 0,
 ) -> Tensor:
     """(N, n) activations times the coded (m, n) matrix, in the type of x."""
     n, device = x.shape[1], x.device
     if kernel:
-        found = gemv(x, codes, tail, scale, book, bits, m)
+        found = gemv(x, codes, tail, scale, book, bits, m, group)
         if found is not None:
             return found
-    factor = scale.view(torch.float32)
     tile = tile_of(tile_rows, n, device)
     out = x.new_empty(x.shape[0], m)
     for low, high, part in _tiles(codes, tail, book, bits, m, n, tile):
+        factor = factors(scale, low, high, n, group)
         out[:, low:high] = x @ part.mul_(factor).to(x.dtype).T
     return out
 
@@ -104,12 +114,14 @@ def product_back(
     bits: int,
     n: int,
     tile_rows: int,
+    group: int = 0,
 ) -> Tensor:
     """(N, m) gradients times the coded (m, n) matrix: the gradient of :func:`product` to x."""
-    m, factor = grad.shape[1], scale.view(torch.float32)
+    m = grad.shape[1]
     out = grad.new_zeros(grad.shape[0], n)
     tile = tile_of(tile_rows, n, grad.device)
     for low, high, part in _tiles(codes, tail, book, bits, m, n, tile):
+        factor = factors(scale, low, high, n, group)
         out += grad[:, low:high] @ part.mul_(factor).to(grad.dtype)
     return out
 
@@ -121,17 +133,17 @@ def _product_back_shape(grad: Tensor, *others: Any) -> Tensor:
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, codes, tail, scale, book, bits, _, tile_rows, _ = inputs
+    x, codes, tail, scale, book, bits, _, tile_rows, _, group = inputs
     ctx.save_for_backward(scale, *codes, *([] if tail is None else [tail]))
-    ctx.form = (len(codes), tail is not None, book, bits, x.shape[1], tile_rows)
+    ctx.form = (len(codes), tail is not None, book, bits, x.shape[1], tile_rows, group)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
-    count, has_tail, book, bits, n, tile_rows = ctx.form
+    count, has_tail, *form = ctx.form
     scale, *rest = ctx.saved_tensors
     codes, tail = list(rest[:count]), rest[count] if has_tail else None
-    back = product_back(grad, codes, tail, scale, book, bits, n, tile_rows)
-    return back, [None] * count, None, None, None, None, None, None, None
+    back = product_back(grad, codes, tail, scale, *form)
+    return back, [None] * count, None, None, None, None, None, None, None, None
 
 
 product.register_autograd(_backward, setup_context=_keep)
@@ -188,13 +200,20 @@ theta.register_autograd(_theta_back, setup_context=_keep_direction)
 
 @torch.library.custom_op("lplr_q::matrix", mutates_args=())
 def matrix(
-    codes: list[Tensor], tail: Tensor | None, scale: Tensor, book: str, bits: int, m: int, n: int
+    codes: list[Tensor],
+    tail: Tensor | None,
+    scale: Tensor,
+    book: str,
+    bits: int,
+    m: int,
+    n: int,
+    group: int = 0,
 ) -> Tensor:
     """The coded (m, n) matrix, float32."""
-    return rows(codes, tail, book, bits, (m, n), 0, m).mul_(scale.view(torch.float32))
+    return rows(codes, tail, book, bits, (m, n), 0, m).mul_(factors(scale, 0, m, n, group))
 
 
 @matrix.register_fake
 def _matrix_shape(codes: list[Tensor], tail: Tensor | None, scale: Tensor, *others: Any) -> Tensor:
-    m, n = others[2:]
+    m, n = others[2:4]
     return scale.new_empty(m, n, dtype=torch.float32)

@@ -98,7 +98,7 @@ def test_every_option_by_hand():
     plain = layer_bits(10, 20, rank=3)
     assert layer_bits(10, 20, rank=3, rescaled=True).scales == plain.scales + 16 * 20
     assert layer_bits(10, 20, rank=3, float_signs=True).signs == 16 * 30
-    assert layer_bits(10, 20, rank=3, group=8).scales == plain.scales - 32 + 16 * 10 * 3
+    assert layer_bits(10, 20, rank=3, q_group=8).scales == plain.scales - 32 + 16 * 10 * 3
     tuned = layer_bits(10, 20, rank=3, ft_rank=1)
     assert tuned.factors == 2 * 10 * 4 + 2 * 20 * 4 + 16 * 30
     assert tuned.scales == 32 + 2 * 16 * 2
