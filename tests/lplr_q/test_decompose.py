@@ -143,6 +143,19 @@ def test_factors_of_different_widths():
     assert result.settings["factor_bits"] == [16, 16]
 
 
+def test_rounds_end_when_three_of_them_gain_less_than_a_thousandth():
+    weight, hessian = problem(32, 32)
+    result, _ = run(weight, hessian, rank=4, rounds=40, refinements=0, sweeps=0)
+    last = result.history[-1]["round"]
+    best = [
+        min(h["error"] for h in result.history[1:] if h["round"] <= turn)
+        for turn in range(1, last + 1)
+    ]
+    stalled = [best[i] > best[i - 3] * (1 - 1e-3) for i in range(3, last)]
+    assert 4 <= last < 40
+    assert stalled == [False] * (last - 4) + [True]
+
+
 def test_choices_made_by_measurement():
     """auto takes the better of the starts, and of the Hessians, after one round."""
     weight, hessian = problem(32, 32)
