@@ -304,7 +304,7 @@ def decompose(  # noqa: PLR0913 - one keyword per option of the method
     target = weight.detach().to(torch.float32, copy=not overwrite).contiguous()
     patterns = None
     if rescale:
-        patterns, target, prepared = rescaling(target, prepared)
+        patterns, target, prepared = rescaling(target, prepared, overwrite=True)
     rms = math.sqrt(squared_norm(target) / target.numel())
     power = 2.0 ** round(math.log2(rms)) if rms > 0 else 1.0
     target /= power

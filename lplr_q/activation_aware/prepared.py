@@ -125,12 +125,13 @@ def unrotated(prepared: PreparedHessian) -> Float[Tensor, "n n"]:
 
 
 def rescaling(
-    weight: Float[Tensor, "m n"], prepared: PreparedHessian
+    weight: Float[Tensor, "m n"], prepared: PreparedHessian, *, overwrite: bool = False
 ) -> tuple[Int16[Tensor, " n"], Float[Tensor, "m n"], PreparedHessian]:
     """(d, W diag(d), H of x / d) with d_j = (H_jj / |W_:j|^2)^(1/4).   [QuIP#, rescale_WH]
 
     d balances the energy of input channels and weight columns. It is divided by its geometric
     mean, clipped to [1/64, 64] and rounded to bfloat16 (bit patterns are returned) before use.
+    ``overwrite`` puts W diag(d) where W was.
     """
     norms = sum(rows.double().square().sum(0) for rows in weight.split(256))
     own = unrotated(prepared)
@@ -148,4 +149,5 @@ def rescaling(
     patterns = stored.view(torch.int16)
     compact = prepared.matrix.dtype == torch.float32
     new = _prepared(matrix, prepared.signs_in, prepared.rotation, compact=compact)
-    return patterns, weight * scale.to(weight.dtype), new
+    single = scale.to(weight.dtype)
+    return patterns, weight.mul_(single) if overwrite else weight * single, new
