@@ -149,7 +149,7 @@ def candidates(m: int, n: int, settings: CompressionSettings) -> list[tuple[int,
     if not found:
         raise ConfigError(
             f"{settings.bits} bits per weight do not hold a {m}x{n} matrix with "
-            f"q_bits={settings.q_bits or 2}: raise --bits or --overhead"
+            f"q_bits={settings.q_bits or 2}: raise --bits or --overhead, or --target-bpw"
         )
     return found[: max(1, settings.try_widths)]
 

@@ -400,7 +400,7 @@ def test_budgets_ranks_and_widths():
 @pytest.mark.parametrize(
     "options",
     [{"rescale": True}, {"factor_codebook": "e8p"}, {"rht": False}, {"codebook": "tcq-8"},
-     {"compute_q": False}],
+     {"compute_q": False}, {"q_group": 64}],
     ids=str,
 )  # fmt: skip
 def test_no_option_exceeds_the_budget(options, model, calibration, tmp_path):
@@ -412,7 +412,7 @@ def test_no_option_exceeds_the_budget(options, model, calibration, tmp_path):
     one_more = layer_bits(
         64, 64, rank=rank + 1, codebook=settings.codebook, rotated=settings.rht,
         q_bits=2 if settings.compute_q else 0, factor_codebook=settings.factor_codebook,
-        rescaled=settings.rescale,
+        rescaled=settings.rescale, q_group=settings.q_group,
     )  # fmt: skip
     assert spent <= 2.6 < one_more.per_weight
 
