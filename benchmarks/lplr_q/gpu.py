@@ -240,7 +240,7 @@ def gemv(clock: Clock, size: int) -> Iterator[Row]:
         if not compiled:
             many = many[:2]  # torch decodes: slow, and not bound by reading codes
         forms = [
-            lambda c=c, b=book, k=bits: product(x, c, None, scale, b, k, size, 0, True)
+            lambda c=c, b=book, k=bits: product(x, c, None, scale, b, k, size, 0, True, 0)
             for c in many
         ]
         form = f"{book} {bits} bits, {'kernel' if compiled else 'decoded by torch'}"

@@ -56,7 +56,7 @@ def product_row(name: str, bits: int, size: int, repeats: int) -> dict:
     dense = dispatch.rows(codes, None, name, bits, (size, size), 0, size)
     forms = {
         "torch": lambda: x @ decode_rows(codes, None, name, bits, size, 0, size).T,
-        "tiles": lambda: product(x, codes, None, scale, name, bits, size, 0, False),
+        "tiles": lambda: product(x, codes, None, scale, name, bits, size, 0, False, 0),
         "codes": lambda: dispatch.gemv(x, codes, None, scale, name, bits, size),
         "dense": lambda: x @ dense.T,
     }

@@ -79,7 +79,7 @@ def _product(
     m: int,
     tile_rows: int,
     kernel: bool,
-    group: int = 0,
+    group: int,
 ) -> Tensor:
     """(N, n) activations times the coded (m, n) matrix, in the type of x."""
     n, device = x.shape[1], x.device
@@ -114,7 +114,7 @@ def product_back(
     bits: int,
     n: int,
     tile_rows: int,
-    group: int = 0,
+    group: int,
 ) -> Tensor:
     """(N, m) gradients times the coded (m, n) matrix: the gradient of :func:`product` to x."""
     m = grad.shape[1]
@@ -172,7 +172,7 @@ def _factor_shape(codes: list[Tensor], *others: Any) -> Tensor:
     return codes[0].new_empty(rank, length, dtype=torch.float32)
 
 
-def _theta(x: Tensor, inverse: bool, rotation: str = "had") -> Tensor:
+def _theta(x: Tensor, inverse: bool, rotation: str) -> Tensor:
     """Theta x over the last axis (Theta^T x with ``inverse``); orthogonal, so the gradient is the
     inverse transform and nothing has to be kept for it."""
     y = hadamard_transform(x, inverse=inverse, rotation=rotation)
@@ -183,7 +183,7 @@ theta = _Operator("theta", _theta)
 
 
 @theta.register_fake
-def _theta_shape(x: Tensor, inverse: bool, rotation: str = "had") -> Tensor:
+def _theta_shape(x: Tensor, inverse: bool, rotation: str) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -207,7 +207,7 @@ def matrix(
     bits: int,
     m: int,
     n: int,
-    group: int = 0,
+    group: int,
 ) -> Tensor:
     """The coded (m, n) matrix, float32."""
     return rows(codes, tail, book, bits, (m, n), 0, m).mul_(factors(scale, 0, m, n, group))

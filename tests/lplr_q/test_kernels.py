@@ -89,7 +89,7 @@ def test_without_kernels_torch_does_the_work(monkeypatch):
     assert dispatch.gemv(x, codes, tail, SCALE, "e8p", 2, 20) is None
     plain = decode_rows(codes, tail, "e8p", 2, 16, 0, 20)
     assert torch.equal(dispatch.rows(codes, tail, "e8p", 2, (20, 16), 0, 20), plain)
-    found = product(x, codes, tail, SCALE, "e8p", 2, 20, 0, True)
+    found = product(x, codes, tail, SCALE, "e8p", 2, 20, 0, True, 0)
     torch.testing.assert_close(found, x @ (0.7 * plain).T, rtol=1e-5, atol=1e-5)
 
 
@@ -103,10 +103,10 @@ def test_many_activations_are_not_sent_to_the_kernel():
 def test_tiles_do_not_change_the_product(name):
     codes, tail = random_codes(name, 2, 150, 24)
     x = torch.randn(4, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    whole = product(x, codes, tail, SCALE, name, 2, 150, 1000, False)
-    tiled = product(x, codes, tail, SCALE, name, 2, 150, 1, False)
+    whole = product(x, codes, tail, SCALE, name, 2, 150, 1000, False, 0)
+    tiled = product(x, codes, tail, SCALE, name, 2, 150, 1, False, 0)
     torch.testing.assert_close(tiled, whole, rtol=1e-12, atol=1e-12)
-    back = product_back(whole, codes, tail, SCALE, name, 2, 24, 1)
+    back = product_back(whole, codes, tail, SCALE, name, 2, 24, 1, 0)
     plain = 0.7 * decode_rows(codes, tail, name, 2, 24, 0, 150).double()
     torch.testing.assert_close(back, whole @ plain, rtol=1e-6, atol=1e-5)
 
@@ -124,11 +124,11 @@ def test_the_operators_keep_their_contract():
     x = torch.randn(3, 19, requires_grad=True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(
-        product.operator, (x, codes, tail, SCALE, "e8p", 2, 12, 0, False), test_utils=checks
+        product.operator, (x, codes, tail, SCALE, "e8p", 2, 12, 0, False, 0), test_utils=checks
     )
     grad = torch.randn(3, 12)
     torch.library.opcheck(
-        product_back, (grad, codes, tail, SCALE, "e8p", 2, 19, 0), test_utils=checks
+        product_back, (grad, codes, tail, SCALE, "e8p", 2, 19, 0, 0), test_utils=checks
     )
     factor, _ = random_codes("lloyd-max", 4, 2, 10)
     scales = torch.ones(2, dtype=torch.bfloat16).view(torch.int16)
@@ -137,9 +137,9 @@ def test_the_operators_keep_their_contract():
     )
     for width in (1, 12, 13, 16):
         rows = torch.randn(2, 3, width, requires_grad=True)
-        torch.library.opcheck(theta.operator, (rows, False), test_utils=checks)
+        torch.library.opcheck(theta.operator, (rows, False, "kron"), test_utils=checks)
         assert torch.autograd.gradcheck(
-            lambda t: theta(t, True), rows.detach().double().requires_grad_()
+            lambda t: theta(t, True, "had"), rows.detach().double().requires_grad_()
         )
 
 
