@@ -29,7 +29,8 @@ BOTH = {"rank": 32, "refinements": 0}
 EXACT = {**BOTH, "sweeps": 0, "rounds": 4, "factor_bits": 16}
 TRELLIS = {"codebook": "tcq"}
 
-# name -> (arguments of decompose, expected error or None)
+# name -> (arguments of decompose, expected error or None); rotation (None: none) is of the Hessian,
+# column multiplies the sixth column of W
 ROWS: dict[str, tuple[dict, float | None]] = {
     "RHT + LDLQ, Lloyd-Max scalar": ({**Q_ONLY, **PLAIN, "codebook": "lloyd-max"}, 0.1965),
     "RHT + LDLQ, E8P": ({**Q_ONLY, **PLAIN}, 0.1775),
@@ -78,6 +79,21 @@ ROWS: dict[str, tuple[dict, float | None]] = {
         {"codebook": "tcq-12", "rank": 43, "factor_bits": 3, "rounds": 1},
         None,
     ),
+    **{
+        f"rotation {rotation}, E8P, 2 guarded sweeps{wild}": (
+            {**Q_ONLY, "rotation": rotation, "column": column},
+            None,
+        )
+        for wild, column in (("", 1), (", a column x 20", 20))
+        for rotation in ("had", "kron", "fft", None)
+    },
+    "scales per row, E8P": ({**Q_ONLY, "q_group": -1}, None),
+    "scales per row, E8P, no rotation": ({**Q_ONLY, "q_group": -1, "rotation": None}, None),
+    "scales per row and 128 columns, E8P": ({**Q_ONLY, "q_group": 128}, None),
+    "scales per row, trellis L = 10": ({**Q_ONLY, **TRELLIS, "q_group": -1}, None),
+    "in place of scales per row rank 2, E8P": ({"rank": 2}, None),
+    "in place of scales per row rank 2, trellis L = 10": ({**TRELLIS, "rank": 2}, None),
+    "scales per row, E8P, rank 30": ({"rank": 30, "q_group": -1}, None),
 }
 
 
@@ -91,7 +107,18 @@ def measured(weight: torch.Tensor, hessian: torch.Tensor, options: dict | None) 
     """bits, e, best round and seconds of one row; ``None`` is the QuIP# form."""
     begin = time.process_time()
     generator = torch.Generator().manual_seed(0)
-    prepared = prepare_hessian(hessian, weight.shape[1], generator=generator, regularised=True)
+    options = None if options is None else dict(options)
+    rotation = "had" if options is None else options.pop("rotation", "had")
+    if options is not None:
+        weight = weight.clone()
+        weight[:, 5] *= options.pop("column", 1)
+    prepared = prepare_hessian(
+        hessian,
+        weight.shape[1],
+        generator=generator if rotation else None,
+        regularised=True,
+        rotation=rotation or "had",
+    )
     if options is None:
         result = quip_sharp(weight, prepared, generator=generator)
     else:

@@ -126,6 +126,10 @@ def test_the_operators_keep_their_contract():
     torch.library.opcheck(
         product.operator, (x, codes, tail, SCALE, "e8p", 2, 12, 0, False, 0), test_utils=checks
     )
+    several = torch.ones(12, 3, dtype=torch.bfloat16).view(torch.int16)
+    torch.library.opcheck(
+        product.operator, (x, codes, tail, several, "e8p", 2, 12, 0, False, 8), test_utils=checks
+    )
     grad = torch.randn(3, 12)
     torch.library.opcheck(
         product_back, (grad, codes, tail, SCALE, "e8p", 2, 19, 0, 0), test_utils=checks
@@ -137,7 +141,8 @@ def test_the_operators_keep_their_contract():
     )
     for width in (1, 12, 13, 16):
         rows = torch.randn(2, 3, width, requires_grad=True)
-        torch.library.opcheck(theta.operator, (rows, False, "kron"), test_utils=checks)
+        for rotation in ("had", "kron"):
+            torch.library.opcheck(theta.operator, (rows, False, rotation), test_utils=checks)
         assert torch.autograd.gradcheck(
             lambda t: theta(t, True, "had"), rows.detach().double().requires_grad_()
         )
