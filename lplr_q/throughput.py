@@ -85,8 +85,8 @@ def _measure(run: Run, e: Experiment) -> dict[str, Any]:
     device = run.device.device
     if e.compile == "reduce-overhead" and device.type != "cuda":
         raise ConfigError("--compile reduce-overhead uses CUDA graphs; --device cuda has them")
-    run.note(status(device))
     model = _subject(run, e)
+    run.note(status(device, grouped=any(x.form.q_group > 0 for x in _layers(model))))
     cases = [(v, True) for v in e.variants]
     if e.without_factors and any(layer.rank for layer in _layers(model)):
         cases += [(v, False) for v in e.variants if v != "dense"]

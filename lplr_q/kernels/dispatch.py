@@ -72,8 +72,11 @@ def gemv(
     return y.mul_(factor).to(x.dtype)
 
 
-def status(device: torch.device) -> str:
-    """One line for a run's log: what multiplies with codes on this device, and why."""
+def status(device: torch.device, *, grouped: bool = False) -> str:
+    """One line for a run's log: what multiplies with codes on this device, and why; ``grouped``
+    where Q has scales per group of columns."""
+    if grouped:
+        return "products with codes: no kernel for scales per group of columns → torch decodes"
     if device.type == "cuda":
         found = importlib.util.find_spec("triton") is not None
         return "products with E8P codes: " + ("Triton" if found else "no Triton → torch decodes")

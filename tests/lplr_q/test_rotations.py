@@ -30,7 +30,7 @@ from lplr_q.linalg.hadamard import (
 from lplr_q.linalg.orthogonal import kron_orders, orthogonal_matrix
 from lplr_q.prediction import spectrum
 from lplr_q.quantize_model import CompressionSettings
-from lplr_q.quantize_save import Experiment, Parameters, settings_of
+from lplr_q.quantize_save import Experiment, Parameters, require_rotations, settings_of
 from lplr_q.reference_problem import reference_problem
 from tests.lplr_q.test_hf import compress, logits
 from workbench.errors import ConfigError, DataError
@@ -299,3 +299,13 @@ def test_what_cannot_be_rotated_is_refused():
         prepare_hessian(None, 8, generator=None, rotation="haar")
     with pytest.raises(ConfigError, match="exclude each other"):
         require_hadamard(8, "kron")
+
+
+def test_a_model_with_a_width_that_kron_cannot_do_is_refused_before_any_work():
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 16), "b": torch.nn.Linear(8, 2053)})
+    require_rotations(model, ["a", "b"], "fft", strict=False)
+    require_rotations(model, ["a"], "had", strict=True)
+    with pytest.raises(ConfigError, match="b: rotation kron: width 2053"):
+        require_rotations(model, ["a", "b"], "kron", strict=False)
+    with pytest.raises(ConfigError, match="b: no Hadamard matrix"):
+        require_rotations(model, ["a", "b"], "had", strict=True)

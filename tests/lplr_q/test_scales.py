@@ -193,6 +193,7 @@ def test_scales_per_row_go_through_the_compiled_product(codebook):
     codes, tail = grouped.codes("q")
     assert dispatch.gemv(x, codes, tail, grouped.q_scale, *form, 16) is None
     assert other.q_group == 16
+    assert "torch decodes" in dispatch.status(torch.device("cpu"), grouped=True)
 
 
 @pytest.mark.parametrize("q_group", GROUPS)
