@@ -69,6 +69,7 @@ def test_without_a_device_or_with_an_odd_size_it_ends(gpu, monkeypatch, capsys, 
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is there")
 def test_on_a_device_graphs_are_replayed(gpu):
     clock = gpu.Clock(torch.device("cuda"), 2)
     with torch.inference_mode():
