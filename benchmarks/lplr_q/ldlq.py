@@ -130,17 +130,17 @@ def round_pair(width: int) -> tuple[Pair, tuple[float, float]]:
     unit, prepared = rotated_problem(width)
     rank, hessian = width // 16, prepared.single()
     rounding = QRounding(CodebookBlocks(make_codebook("e8p", 2), width), sweeps=0)
-    factors = FactorRounding(4, "lloyd-max", prepared.lower_for(1))
-    run = Alternation(
-        Problem(unit, prepared, rounding, rank=rank), ("LR", "Q"), "lr_first", "plain"
-    )
+    by_one = prepared.lower_for(1)
+    factors = FactorRounding(4, "lloyd-max", lambda: by_one)
+    problem = Problem(unit, prepared, rounding, rank=rank)
+    run = Alternation(problem, ("LR", "Q"), "lr_first", "plain")
     run.round(1)
     first, subspace = run.state, None if run.svd is None else run.svd.subspace
     total, errors = weighted_loss(unit, hessian), {}
 
     def anew() -> None:
         whitening = eigen_whitening(hessian)
-        left = first.subtracted(unit, rounding, lr=False)
+        left = first.remainder(problem, lr=False).whole()
         low = fit_low_rank(left, hessian, whitening, rank=rank, rounding=factors)
         lower = block_ldl(prepared.matrix, 8).lower.float()
         codes, scale = quantise_q(unit - low.product(), hessian, lower, rounding)
