@@ -119,7 +119,7 @@ def q_step_errors(size: int) -> tuple[float, float]:
     lower, hessian = prepared.lower_for(8), prepared.single()
     blocks = CodebookBlocks(make_codebook("e8p", 2), size)
     plain = reference_q_step(unit, lower, hessian, blocks)
-    codes, scale = quantise_q(unit, hessian, lower, QRounding(blocks))
+    codes, scale, _ = quantise_q(unit, hessian, lower, QRounding(blocks))
     ours = blocks.decode(codes) * scale
     total = weighted_loss(unit, hessian)
     return tuple(math.sqrt(weighted_loss(unit - q, hessian) / total) for q in (plain, ours))  # type: ignore[return-value]
@@ -143,7 +143,7 @@ def round_pair(width: int) -> tuple[Pair, tuple[float, float]]:
         left = first.remainder(problem, lr=False).whole()
         low = fit_low_rank(left, hessian, whitening, rank=rank, rounding=factors)
         lower = block_ldl(prepared.matrix, 8).lower.float()
-        codes, scale = quantise_q(unit - low.product(), hessian, lower, rounding)
+        codes, scale, _ = quantise_q(unit - low.product(), hessian, lower, rounding)
         q = rounding.blocks.decode(codes) * scale
         errors["anew"] = math.sqrt(weighted_loss(unit - q - low.product(), hessian) / total)
 

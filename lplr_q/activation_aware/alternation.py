@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -62,22 +62,29 @@ class QRounding:
     """Columns of a row per scale; 0: one scale for the matrix."""
 
 
+class Rounded(NamedTuple):
+    """What a Q step leaves."""
+
+    codes: list[Tensor]
+    scale: Scale
+    loss: float
+    """tr(E H E^T) of the target less Q."""
+
+
 def quantise_q(
     target: Rows,
     hessian: Float[Tensor, "n n"],
     lower: Float[Tensor, "n n"] | None,
     rounding: QRounding,
-) -> tuple[list[Tensor], Scale]:
+) -> Rounded:
     """The Q step: LDLQ on target / rms, then guarded sweeps until the relative gain is below
-    1e-4. Codes and scale.
+    1e-4.
 
     Rows do not depend on each other, so a few are done at a time and only the codes of all are
     held.
     """
-    codes, scale, loss = first_pass(target, hessian, lower, rounding)
-    if lower is not None:
-        more_sweeps(target, hessian, rounding, codes, scale, loss)
-    return codes, scale
+    found = first_pass(target, hessian, lower, rounding)
+    return found if lower is None else more_sweeps(target, hessian, rounding, found)
 
 
 def first_pass(
@@ -85,8 +92,8 @@ def first_pass(
     hessian: Float[Tensor, "n n"],
     lower: Float[Tensor, "n n"] | None,
     rounding: QRounding,
-) -> tuple[list[Tensor], Scale, float]:
-    """Codes and scale by LDLQ, and the loss of target / scale when sweeps are to follow."""
+) -> Rounded:
+    """LDLQ alone."""
     blocks, (m, n) = rounding.blocks, target.shape
     feedback = torch.eye(n).to(hessian) if lower is None else lower
     rms = max(math.sqrt(squared_norm(target) / (m * n)), 1e-30)
@@ -108,32 +115,32 @@ def first_pass(
             losses.append(weighted_loss(some - points, hessian))
         multiplier *= SCALE_GRID[losses.index(min(losses))]
     scale = stored(target, multiplier)
-    wanted = lower is not None and rounding.sweeps > 0
     whole: list[Tensor] = []
     loss = 0.0
     for rows in row_chunks(m):
         unit, own = scaled_rows(target, rows, scale, blocks)
-        codes, points = ldlq(unit, feedback, own)
-        whole = whole or [c.new_empty(m, *c.shape[1:], dtype=blocks.code_dtype) for c in codes]
+        codes, points = ldlq(unit, feedback, own, code_dtype=blocks.code_dtype)
+        whole = whole or [c.new_empty(m, *c.shape[1:]) for c in codes]
         _put(whole, codes, rows)
-        if wanted:
-            loss += weighted_loss(unit.sub_(points), hessian)
-    return whole, scale, loss
+        unit -= points
+        del codes, points
+        loss += weighted_loss(unit, hessian)
+    return Rounded(whole, scale, in_full(loss, scale))
 
 
 def more_sweeps(
     target: Rows,
     hessian: Float[Tensor, "n n"],
     rounding: QRounding,
-    codes: list[Tensor],
-    scale: Scale,
-    loss: float,
-) -> None:
-    """Guarded sweeps over ``codes``, in place, until one gains less than 1e-4 of ``loss``."""
+    found: Rounded,
+) -> Rounded:
+    """Guarded sweeps over the codes, in place, until one gains less than 1e-4 of the loss."""
+    codes, scale, loss = found
     for _ in range(rounding.sweeps):
         before, loss = loss, swept(target, scale, hessian, rounding.blocks, codes)
         if before - loss < 1e-4 * before:
             break
+    return Rounded(codes, scale, loss)
 
 
 def _put(whole: list[Tensor], codes: list[Tensor], rows: slice) -> None:
@@ -149,16 +156,23 @@ def swept(
     blocks: CodebookBlocks,
     codes: list[Tensor],
 ) -> float:
-    """One guarded sweep over ``codes``, in place; the loss of target / scale it leaves."""
+    """One guarded sweep over ``codes``, in place; the loss it leaves."""
     loss, inverses = 0.0, corner_inverses(hessian, blocks.bounds)
     for rows in row_chunks(target.shape[0]):
         unit, own = scaled_rows(target, rows, scale, blocks)
         before = [c[rows] for c in codes]
         points = own.decode(before)
         after, points = guarded_sweep(unit, hessian, own, before, points, inverses=inverses)
-        loss += weighted_loss(unit.sub_(points), hessian)
         _put(codes, after, rows)
-    return loss
+        unit -= points
+        del before, after, points
+        loss += weighted_loss(unit, hessian)
+    return in_full(loss, scale)
+
+
+def in_full(loss: float, scale: Scale) -> float:
+    """The loss of W from that of what was rounded, which is W / scale where W has one scale."""
+    return loss * scale**2 if isinstance(scale, float) else loss
 
 
 def _sampled_rows(target: Rows, count: int) -> Tensor:
@@ -239,7 +253,8 @@ class Alternation:
             self.state = replace(self.state, low_rank=low)
             loss = low.loss if self.problem.activation_aware_lr else None  # else that of H = I
         else:
-            self._set_q(*self._rounded())
+            codes, scale, loss = self._rounded()
+            self._set_q(codes, scale)
         complete = len(self.history) + 1 >= len(self.steps)
         self._record(component, turn, complete=complete, loss=loss)
 
@@ -310,9 +325,9 @@ class Alternation:
             self._record("LR", turn, complete=True)
         if rounding is not None and self.state.codes:
             scale, codes = self.state.scale, [c.clone() for c in self.state.codes]
-            swept(self._without(q=False), scale, hessian, rounding.blocks, codes)
+            loss = swept(self._without(q=False), scale, hessian, rounding.blocks, codes)
             self._set_q(codes, scale)
-            self._record("Q", turn, complete=True)
+            self._record("Q", turn, complete=True, loss=loss)
 
     def _repair(self) -> None:
         """SRR: the components left over fit W - Q - L R; the first ones stay as they are."""
@@ -327,7 +342,8 @@ class Alternation:
             self.state = replace(self.state, low_rank=joined)
             self._record("LR", 1, complete=True)
 
-    def _rounded(self) -> tuple[list[Tensor], Scale]:
+    def _rounded(self) -> tuple[list[Tensor], Scale, float | None]:
+        """Codes and scale of Q, and the loss where it was rounded under H itself."""
         problem = self.problem
         rounding, prepared = problem.rounding, problem.prepared
         assert rounding is not None
@@ -340,10 +356,10 @@ class Alternation:
             hessian = prepared.single()
             found = first_pass(residual, hessian, prepared.lower_for(block), rounding)
             prepared.lower.clear()  # the sweeps do not need it
-            more_sweeps(residual, hessian, rounding, *found)
-            return found[:2]
+            return more_sweeps(residual, hessian, rounding, found)
         prepared.lower.clear()
-        return quantise_q(residual, *self._shaped(directions, block), rounding)
+        codes, scale, _ = quantise_q(residual, *self._shaped(directions, block), rounding)
+        return codes, scale, None
 
     def _shaped(self, directions: Float[Tensor, "n r"], block: int) -> tuple[Tensor, Tensor]:
         """The Hessian that is blind to these directions and its M, in float32."""

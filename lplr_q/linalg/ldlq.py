@@ -95,6 +95,7 @@ def ldlq(
     blocks: BlockQuantiser,
     *,
     buffer: int = 128,
+    code_dtype: torch.dtype = torch.int64,
 ) -> tuple[list[Tensor], Float[Tensor, "m n"]]:
     """Codes per block and Q by equation (2), with the feedback applied one buffer of columns at a
     time.
@@ -118,10 +119,11 @@ def ldlq(
             target = weight[:, low:high] + points[:, low:high]
             if high < end:
                 target = target + error[:, high - start :] @ lower[high:end, low:high]
-            codes[k], points[:, low:high] = blocks.quantise(target, k)
+            found, points[:, low:high] = blocks.quantise(target, k)
+            codes[k] = found.to(code_dtype)
             error[:, low - start : high - start] = weight[:, low:high] - points[:, low:high]
         if start:
-            points[:, :start] += error @ lower[start:end, :start]
+            points[:, :start].addmm_(error, lower[start:end, :start])
         block = first - 1
     return codes, points
 

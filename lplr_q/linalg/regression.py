@@ -74,7 +74,7 @@ def closed_form(
     """L and R as :func:`rank_constrained_regression`, by ``svd`` when given, and
     tr(A H A^T) = |A C|^2."""
     whitening = whitening.to(target.dtype)
-    product = times(target, whitening.forward)
+    product = times(target, whitening.forward, lower=whitening.triangular)
     energy = squared_norm(product)
     if svd is None:
         u, s, zt = torch.linalg.svd(product, full_matrices=False)

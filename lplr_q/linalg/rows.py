@@ -43,7 +43,7 @@ class LazyRows(Rows, Protocol):
 def row_chunks(m: int) -> list[slice]:
     """Rows that are worked on together where every row stands alone: few enough that what is held
     for them counts little beside the matrix, and whole tiles of every codebook."""
-    size = min(512, max(128, m // 8 // 64 * 64))
+    size = 512 if m <= 512 else min(512, max(256, m // 4 // 64 * 64))
     return [slice(low, min(low + size, m)) for low in range(0, m, size)]
 
 
@@ -54,10 +54,16 @@ def squared_norm(matrix: Rows) -> float:
     return sum(float(norm(matrix[rows], dtype=torch.float64)) ** 2 for rows in chunks)
 
 
-def times(matrix: Rows, right: Float[Tensor, "n k"]) -> Float[Tensor, "m k"]:
-    """A B."""
-    m = matrix.shape[0]
-    product = torch.empty(m, right.shape[1], dtype=matrix.dtype, device=matrix.device)
+def times(
+    matrix: Rows, right: Float[Tensor, "n k"], *, lower: bool = False
+) -> Float[Tensor, "m k"]:
+    """A B; with ``lower`` B is lower triangular and its zeros are passed over."""
+    m, k = matrix.shape[0], right.shape[1]
+    product = torch.empty(m, k, dtype=matrix.dtype, device=matrix.device)
+    step = max(256, k // 8) if lower else k
     for rows in row_chunks(m):
-        torch.mm(matrix[rows], right, out=product[rows])
+        part = matrix[rows]
+        for low in range(0, k, step):
+            own, above = slice(low, min(low + step, k)), low if lower else 0
+            product[rows, own] = part[:, above:] @ right[above:, own]
     return product

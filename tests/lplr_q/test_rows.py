@@ -19,7 +19,8 @@ def generator(seed=0):
 def test_chunks_cover_every_row_once_and_begin_at_whole_tiles(m):
     chunks = row_chunks(m)
     assert [i for rows in chunks for i in range(m)[rows]] == list(range(m))
-    assert max(rows.stop - rows.start for rows in chunks) <= max(128, m // 8)
+    assert max(rows.stop - rows.start for rows in chunks) <= 512
+    assert len(chunks) >= (4 if m >= 1024 else 1)
     tallest = max(rows_of(make_codebook(name, 2)) for name in CODEBOOKS)
     assert all(rows.start % tallest == 0 for rows in chunks)
 
@@ -28,6 +29,11 @@ def test_sums_and_products_by_rows():
     g = generator()
     a, b = torch.randn(300, 40, generator=g), torch.randn(40, 7, generator=g)
     torch.testing.assert_close(times(a, b), a @ b, rtol=1e-5, atol=1e-5)
+    triangle = torch.tril(torch.randn(40, 40, generator=g))
+    torch.testing.assert_close(times(a, triangle, lower=True), a @ triangle, rtol=1e-5, atol=1e-5)
+    wide = torch.tril(torch.randn(600, 600, generator=g))
+    b = torch.randn(30, 600, generator=g)
+    torch.testing.assert_close(times(b, wide, lower=True), b @ wide, rtol=1e-4, atol=1e-4)
     assert squared_norm(a) == pytest.approx(float(a.double().square().sum()), rel=1e-6)
 
 
