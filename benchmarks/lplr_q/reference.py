@@ -80,7 +80,7 @@ ROWS: dict[str, tuple[dict, float | None]] = {
         None,
     ),
     **{
-        f"rotation {rotation}, E8P, 2 guarded sweeps{wild}": (
+        f"{'rotation ' + rotation if rotation else 'no rotation'}, E8P, 2 guarded sweeps{wild}": (
             {**Q_ONLY, "rotation": rotation, "column": column},
             None,
         )
