@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from layer import random_codes
+from layer import random_codes, random_layer
 
 from lplr_q.activation_aware.decompose import decompose, prepare_hessian
-from lplr_q.activation_aware.quantized_layer import LPLRQuantizedLinear
 from lplr_q.codebooks.base import make_codebook
 from lplr_q.kernels import dispatch
 from lplr_q.kernels.product import product
@@ -251,21 +250,6 @@ def gemv(clock: Clock, size: int) -> Iterator[Row]:
             yield row(f"{form}, {how}: share of the bandwidth", shape, share, "", target)
 
 
-def random_layer(size: int, rank: int, device: torch.device) -> LPLRQuantizedLinear:
-    """A layer of random E8P codes with factors of 4 bits."""
-    generator = torch.Generator().manual_seed(rank)
-    layer = LPLRQuantizedLinear(size, size, rank=rank)
-    for name, buffer in layer.named_buffers():
-        if buffer.dtype == torch.uint8:
-            buffer.random_(0, 256, generator=generator)
-        elif name == "q_codes":
-            buffer.random_(-(2**15), 2**15, generator=generator)
-        elif name == "q_scale":
-            buffer.fill_(int(torch.ones(1).view(torch.int32)))
-    layer.to(device).set_mode("kernel")
-    return layer
-
-
 def layer(clock: Clock, size: int, ranks: list[int]) -> Iterator[Row]:
     """Whole layers, rotations included, and what L R adds to them."""
     shape, device = f"{size} x {size}", clock.device
@@ -306,6 +290,7 @@ def measured(parts: list[str], clock: Clock, a: argparse.Namespace) -> Iterator[
 
 
 def main(words: list[str] | None = None) -> list[Row]:
+    """Measure the parts asked for; the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", type=int, default=4096, help="width; a multiple of 8")

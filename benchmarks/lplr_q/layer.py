@@ -72,16 +72,24 @@ def product_row(name: str, bits: int, size: int, repeats: int) -> dict:
     }
 
 
-def factor_row(size: int, rank: int, repeats: int) -> dict:
-    """Times of a whole layer with and without its factors."""
-    generator = torch.Generator().manual_seed(0)
+def random_layer(size: int, rank: int, device: torch.device | str = "cpu") -> LPLRQuantizedLinear:
+    """A layer of random E8P codes with factors of 4 bits."""
+    generator = torch.Generator().manual_seed(rank)
     layer = LPLRQuantizedLinear(size, size, rank=rank)
     for name, buffer in layer.named_buffers():
         if buffer.dtype == torch.uint8:
             buffer.random_(0, 256, generator=generator)
         elif name == "q_codes":
             buffer.random_(-(2**15), 2**15, generator=generator)
-    layer.set_mode("kernel")
+        elif name == "q_scale":
+            buffer.fill_(int(torch.ones(1).view(torch.int32)))
+    layer.to(device).set_mode("kernel")
+    return layer
+
+
+def factor_row(size: int, rank: int, repeats: int) -> dict:
+    """Times of a whole layer with and without its factors."""
+    generator, layer = torch.Generator().manual_seed(0), random_layer(size, rank)
     bare = LPLRQuantizedLinear.from_settings(layer.settings())
     bare.load_state_dict(layer.state_dict())
     take_factors(bare)

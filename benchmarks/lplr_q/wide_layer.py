@@ -40,6 +40,7 @@ def measure(folder: Path, rank: int) -> None:
 
 
 def main() -> None:
+    """Compress the matrices, each in a process of its own; a row each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--inner", type=int, default=11008)
